@@ -1,0 +1,38 @@
+# `make train`, `make demo`, `make test`, `make lint`: each first makes .venv with what it needs.
+
+PYTHON ?= python3
+VENV := .venv
+
+ARGS ?= --domain_name cheetah --task_name run --encoder_type pixel --decoder_type pixel --action_repeat 4 \
+	--save_video --save_tb --work_dir ./log --seed 1
+DEMO_ARGS := --domain_name cartpole --task_name swingup --encoder_type pixel --decoder_type pixel --action_repeat 8 \
+	--num_train_steps 500 --init_steps 150 --eval_freq 250 --num_eval_episodes 2 --batch_size 32 --hidden_dim 256 \
+	--image_size 64 --num_filters 16 --save_video --save_tb --work_dir ./demo_log/$(shell date +%Y-%m-%d_%H-%M-%S)
+
+.PHONY: train demo test lint clean
+
+train: $(VENV)/installed
+	$(VENV)/bin/python train.py $(ARGS)
+
+demo: $(VENV)/installed
+	$(VENV)/bin/python train.py $(DEMO_ARGS)
+	@echo "Now look at it: $(VENV)/bin/tensorboard --logdir demo_log"
+
+test: $(VENV)/installed-dev
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/installed-dev
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+$(VENV)/installed: requirements.txt setup.sh
+	./setup.sh $(PYTHON) $(VENV) requirements.txt
+	touch $@
+
+$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+	$(VENV)/bin/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,251 @@
+"""A Control Suite task as a gym 0.26 environment."""
+
+from __future__ import annotations
+
+import logging
+import math
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import gym
+import numpy as np
+from gym.wrappers import TimeLimit
+
+from dmc2gym.rendering import INSTALL_HINT, RendererError, renderer_name
+
+_UNLIMITED = 1e10  # dm_control's limit of an actuator without one (mjMAXVAL)
+
+
+def _suite() -> Any:
+    """dm_control's suite, imported when it is first needed: that takes a second, and `--help` should not."""
+    # MuJoCo warns at every load of an attribute in the suite's own models; nobody here can change that.
+    logging.getLogger("absl").addFilter(_without_settotalmass)
+    try:
+        from dm_control import suite
+    except Exception as error:  # what a renderer raises that cannot start is of many kinds
+        raise RendererError(f"dm_control found no usable renderer ({error}): {INSTALL_HINT}") from error
+    return suite
+
+
+def _without_settotalmass(record: logging.LogRecord) -> bool:
+    return "settotalmass" not in record.getMessage()
+
+
+def task_names() -> list[tuple[str, str]]:
+    """Domain and task of everything in the suite."""
+    return list(_suite().ALL_TASKS)
+
+
+def make(
+    domain_name: str,
+    task_name: str,
+    seed: int = 1,
+    visualize_reward: bool = True,
+    from_pixels: bool = False,
+    height: int = 84,
+    width: int = 84,
+    camera_id: int | None = None,
+    frame_skip: int = 1,
+    episode_length: int = 1000,
+    environment_kwargs: dict[str, Any] | None = None,
+    time_limit: float | None = None,
+    channels_first: bool = True,
+) -> gym.Env:
+    """A task with its time limit.
+
+    Args:
+        domain_name, task_name: of the suite.
+        seed: of the task's own randomness and of the action space.
+        visualize_reward: colour the scene by reward in `render`; observed pixels never show the reward.
+        from_pixels: observe pixels, not states.
+        height, width: of observed pixels.
+        camera_id: of observed pixels; None is camera 0, but 2 for quadruped, whose camera 0 does not follow it.
+        frame_skip: environment steps an action is repeated for.
+        episode_length: environment steps after which an episode is truncated.
+        environment_kwargs: for dm_control's Environment.
+        time_limit: the task's own limit in simulated seconds; None is the task's default.
+        channels_first: pixels (3, H, W), else (H, W, 3).
+
+    Raises:
+        ValueError: no such task, or a number out of range.
+        RendererError: pixels were asked for and nothing can render.
+    """
+    if frame_skip < 1 or episode_length < 1:
+        raise ValueError(f"frame_skip {frame_skip} and episode_length {episode_length} must be at least 1")
+    env = DMCWrapper(
+        domain_name,
+        task_name,
+        seed=seed,
+        visualize_reward=visualize_reward,
+        from_pixels=from_pixels,
+        height=height,
+        width=width,
+        camera_id=camera_id,
+        frame_skip=frame_skip,
+        environment_kwargs=environment_kwargs,
+        time_limit=time_limit,
+        channels_first=channels_first,
+    )
+    return TimeLimit(env, max_episode_steps=math.ceil(episode_length / frame_skip))
+
+
+class DMCWrapper(gym.Env):
+    """A task without a time limit of gym's; arguments as for `make`.
+
+    Pickling keeps the state of task and simulation, not the renderer, which is made anew when it is needed.
+    """
+
+    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012  # gym declares it an instance's
+
+    def __init__(
+        self,
+        domain_name: str,
+        task_name: str,
+        seed: int = 1,
+        visualize_reward: bool = True,
+        from_pixels: bool = False,
+        height: int = 84,
+        width: int = 84,
+        camera_id: int | None = None,
+        frame_skip: int = 1,
+        environment_kwargs: dict[str, Any] | None = None,
+        time_limit: float | None = None,
+        channels_first: bool = True,
+    ):
+        suite = _suite()
+        if (domain_name, task_name) not in suite.ALL_TASKS:
+            raise ValueError(f"the Control Suite has no task {domain_name} {task_name}")
+        task_kwargs: dict[str, Any] = {"random": seed}
+        if time_limit is not None:
+            task_kwargs["time_limit"] = time_limit
+        self._env = suite.load(
+            domain_name,
+            task_name,
+            task_kwargs=task_kwargs,
+            environment_kwargs=environment_kwargs,
+            visualize_reward=visualize_reward and not from_pixels,
+        )
+        self._from_pixels = from_pixels
+        self._height = height
+        self._width = width
+        self.camera_id = camera_id if camera_id is not None else {"quadruped": 2}.get(domain_name, 0)
+        self._frame_skip = frame_skip
+        self._channels_first = channels_first
+        self.render_mode = "rgb_array"
+
+        limits = self._env.action_spec()
+        unlimited = np.abs([limits.minimum, limits.maximum]).max(axis=0) >= _UNLIMITED
+        self._action_low = np.where(unlimited, -1.0, limits.minimum)
+        self._action_high = np.where(unlimited, 1.0, limits.maximum)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, limits.shape, np.float32, seed=seed)
+        size = sum(math.prod(spec.shape) for spec in self._env.observation_spec().values())
+        self.state_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float64)
+        if from_pixels:
+            shape = (3, height, width) if channels_first else (height, width, 3)
+            self.observation_space = gym.spaces.Box(0, 255, shape, np.uint8)
+        else:
+            self.observation_space = self.state_space
+        self.current_state: np.ndarray | None = None
+        self._free_at_exit()
+
+    def _free_at_exit(self) -> None:
+        # Renderers that Python tears down at exit print tracebacks; this runs before, or at garbage collection.
+        self._finalizer = weakref.finalize(self, self._env.close)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_finalizer"}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._free_at_exit()
+
+    @property
+    def physics(self) -> Any:
+        """dm_control's physics."""
+        return self._env.physics
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Starts an episode; with a seed, one that depends on that seed alone."""
+        super().reset(seed=seed)
+        if seed is not None:
+            self._env.task.random.seed(seed)
+        return self._observe(self._env.reset())
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Repeats an action for `frame_skip` environment steps, or until the episode ends.
+
+        Args:
+            action: (A,) in [-1, 1].
+
+        Returns:
+            The last observation, rewards summed, whether the task ended (its discount is 0) or its time ran out,
+            and info with `internal_state` (the simulator's) and `discount`.
+
+        Raises:
+            ValueError: the action is of another shape, out of range or not finite.
+        """
+        action = np.asarray(action, dtype=np.float64)
+        if action.shape != self.action_space.shape or not (np.abs(action) <= 1).all():
+            raise ValueError(f"actions are {self.action_space.shape} in [-1, 1], got {action}")
+        scaled = self._action_low + (action + 1) / 2 * (self._action_high - self._action_low)
+        reward = 0.0
+        for _ in range(self._frame_skip):
+            time_step = self._env.step(scaled)
+            reward += time_step.reward or 0.0
+            if time_step.last():
+                break
+        obs, info = self._observe(time_step)
+        ended = bool(time_step.discount == 0)
+        return obs, reward, ended, bool(time_step.last() and not ended), info
+
+    def _observe(self, time_step: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        values = [np.ravel(value) for value in time_step.observation.values()]
+        self.current_state = np.concatenate(values).astype(np.float64)
+        info = {
+            "internal_state": self._env.physics.get_state().copy(),
+            "discount": 1.0 if time_step.discount is None else time_step.discount,
+        }
+        if not self._from_pixels:
+            return self.current_state.copy(), info
+        pixels = self.render(height=self._height, width=self._width)
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1)) if self._channels_first else pixels, info
+
+    def render(  # type: ignore[override]  # as in gym before 0.26: size and camera by call
+        self,
+        mode: str = "rgb_array",
+        height: int | None = None,
+        width: int | None = None,
+        camera_id: int | None = None,
+    ) -> np.ndarray:
+        """A picture (H, W, 3), uint8; size and camera are by default those of observed pixels.
+
+        Raises:
+            ValueError: another mode.
+            RendererError: nothing can render.
+        """
+        if mode != "rgb_array":
+            raise ValueError(f"render mode {mode!r} is not supported, only rgb_array")
+        height = self._height if height is None else height
+        width = self._width if width is None else width
+        camera_id = self.camera_id if camera_id is None else camera_id
+        self._start_renderer()
+        return self._env.physics.render(height=height, width=width, camera_id=camera_id)
+
+    def _start_renderer(self) -> None:
+        try:
+            _ = self._env.physics.contexts
+        except Exception as error:  # of many kinds, by backend and driver
+            raise RendererError(f"no usable renderer ({error}): {INSTALL_HINT}") from error
+
+    @property
+    def renderer(self) -> tuple[str, bool]:
+        """What draws the pictures, and whether it is software on the CPU."""
+        self._start_renderer()
+        return renderer_name(self._env.physics)
+
+    def close(self) -> None:
+        """Frees simulation and renderer."""
+        self._finalizer()

@@ -1,0 +1,185 @@
+"""Console lines, JSON lines and TensorBoard events of a run."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+from skimage.util import montage
+from termcolor import colored
+from torch import Tensor, nn
+
+# What a console line shows, by configuration and section: key, label, form.
+LINES: dict[str, dict[str, list[tuple[str, str, str]]]] = {
+    "rl": {
+        "train": [
+            ("train/episode", "E", "{:.0f}"),
+            ("step", "S", "{:.0f}"),
+            ("train/duration", "D", "{:.1f} s"),
+            ("train/episode_reward", "R", "{:.4f}"),
+            ("train/batch_reward", "BR", "{:.4f}"),
+            ("train_actor/loss", "ALOSS", "{:.4f}"),
+            ("train_critic/loss", "CLOSS", "{:.4f}"),
+            ("train_ae/ae_loss", "RLOSS", "{:.4f}"),
+        ],
+        "eval": [("step", "S", "{:.0f}"), ("eval/episode_reward", "ER", "{:.4f}")],
+    }
+}
+_COLOURS = {"train": "yellow", "eval": "green"}
+
+
+class NonFiniteLossError(ArithmeticError):
+    """A loss became NaN or infinite; the message names it and its step."""
+
+
+class Meter:
+    """Mean of the values logged under one key since the last line.
+
+    Tensors stay on their device until the mean is due, so that logging never waits for a GPU.
+    """
+
+    def __init__(self) -> None:
+        self._values: list[tuple[Any, int]] = []
+        self._steps: list[int] = []
+
+    def update(self, value: float | Tensor, n: int, step: int) -> None:
+        """Adds `value`, the sum of `n` values."""
+        self._values.append((value, n))
+        self._steps.append(step)
+
+    def fetch(self, key: str) -> float:
+        """The mean.
+
+        Raises:
+            NonFiniteLossError: `key` is a loss and one of its values is NaN or infinite.
+        """
+        values = [value for value, _ in self._values]
+        if all(isinstance(value, Tensor) for value in values):
+            sums = torch.stack([value.detach().double() for value in values]).cpu().numpy()
+        else:
+            sums = np.array([float(value) for value in values])
+        if key.endswith("loss") and not np.isfinite(sums).all():
+            first = int(np.argmax(~np.isfinite(sums)))
+            raise NonFiniteLossError(f"{key} became {sums[first]} at step {self._steps[first]}: the run has diverged")
+        return float(sums.sum() / sum(n for _, n in self._values))
+
+
+class Logger:
+    """Collects values under keys `train/...`, `train_critic/...`, `eval/...` and writes them when a line is due.
+
+    Writes `train.log` and `eval.log`, a JSON object a line, and TensorBoard's events under `tb`.
+
+    Args:
+        log_dir: an existing folder.
+        use_tb: whether to write events.
+        config: which console lines, `rl`.
+
+    Raises:
+        ValueError: unknown `config`.
+    """
+
+    def __init__(self, log_dir: str | Path, use_tb: bool = True, config: str = "rl"):
+        if config not in LINES:
+            raise ValueError(f"unknown logger config {config!r}: choose one of {', '.join(LINES)}")
+        self._log_dir = Path(log_dir)
+        self._lines = LINES[config]
+        self._meters: dict[str, dict[str, Meter]] = {section: defaultdict(Meter) for section in self._lines}
+        self._writer: Any = None
+        if use_tb:
+            from torch.utils.tensorboard import SummaryWriter  # only here: it takes seconds to import
+
+            self._writer = SummaryWriter(str(self._log_dir / "tb"))
+
+    def log(self, key: str, value: float | Tensor, step: int, n: int = 1) -> None:
+        """Takes a number or a scalar tensor, the sum of `n` values; nothing is fetched or written before `dump`.
+
+        Raises:
+            ValueError: the key belongs to no section.
+        """
+        self._meters[self._section(key)][key].update(value, n, step)
+
+    def _section(self, key: str) -> str:
+        for section in self._meters:
+            if key.startswith((f"{section}/", f"{section}_")):
+                return section
+        raise ValueError(f"the key {key!r} begins with none of {', '.join(self._meters)}")
+
+    def dump(self, step: int) -> None:
+        """Writes a line for each section that has values: console, log file and TensorBoard.
+
+        Raises:
+            NonFiniteLossError: a loss is NaN or infinite; its section's line is not written.
+        """
+        for section, meters in self._meters.items():
+            if not meters:
+                continue
+            means = {key: meter.fetch(key) for key, meter in meters.items()}
+            meters.clear()
+            record = {_field(key): mean for key, mean in means.items()} | {"step": step}
+            with (self._log_dir / f"{section}.log").open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            if self._writer is not None:
+                for key, mean in means.items():
+                    self._writer.add_scalar(key, mean, step)
+                self._writer.flush()
+            shown = means | {"step": step}
+            parts = [f"{label}: {form.format(shown.get(key, 0))}" for key, label, form in self._lines[section]]
+            print(" | ".join([f"| {colored(section, _COLOURS[section])}", *parts]), flush=True)
+
+    def check_losses(self) -> None:
+        """Raises NonFiniteLossError if a loss that waits for its line is NaN or infinite."""
+        for meters in self._meters.values():
+            for key, meter in meters.items():
+                meter.fetch(key)
+
+    def log_param(self, key: str, param: nn.Module, step: int) -> None:
+        """Histograms of a layer's weight and bias, and of their gradients where there are any."""
+        for name, value in param.named_parameters(recurse=False):
+            self.log_histogram(f"{key}_{name}", value, step)
+            if value.grad is not None:
+                self.log_histogram(f"{key}_{name}_grad", value.grad, step)
+
+    def log_histogram(self, key: str, histogram: Tensor | np.ndarray, step: int) -> None:
+        """Histogram of all entries."""
+        if self._writer is not None:
+            self._writer.add_histogram(key, histogram, step)
+
+    def log_image(self, key: str, image: Tensor | np.ndarray, step: int) -> None:
+        """One picture (3, H, W), or a grid of several (N, 3, H, W); uint8, or floating in [0, 1]."""
+        if self._writer is None:
+            return
+        pictures = np.asarray(image.detach().cpu() if isinstance(image, Tensor) else image)
+        pictures = pictures.reshape(-1, *pictures.shape[-3:]).transpose(0, 2, 3, 1)
+        grid = montage(pictures, channel_axis=-1, padding_width=2, fill=[0, 0, 0])
+        self._writer.add_image(key, grid, step, dataformats="HWC")
+
+    def log_video(self, key: str, frames: np.ndarray | list[np.ndarray], step: int, fps: int = 30) -> None:
+        """Frames (T, H, W, 3), uint8, as an animation."""
+        if self._writer is None:
+            return
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        frames = np.asarray(frames)
+        gif = io.BytesIO()
+        iio.imwrite(gif, frames, extension=".gif", duration=1000 / fps, loop=0)
+        _, height, width, channels = frames.shape
+        image = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=gif.getvalue())
+        self._writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=key, image=image)]), step)
+
+    def close(self) -> None:
+        """Flushes and closes TensorBoard's events."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _field(key: str) -> str:
+    """A key's name in the log files: `train_critic/loss` is `critic_loss`, `train_ae/ae_loss` is `ae_loss`."""
+    group, _, name = key.partition("/")
+    group = group.partition("_")[2]
+    return name if not group or name.startswith(f"{group}_") else f"{group}_{name}"

@@ -1,0 +1,295 @@
+"""Replay memory that keeps every frame once and rebuilds the stacks when it samples.
+
+A transition's two stacks of k frames share k - 1 of them, and the next transition shares all but one with it. Kept
+naively, a million transitions of 9 x 84 x 84 take 127 GB; with each frame kept once, 21.6 GB.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_FIELDS = ("frame_ids", "actions", "rewards", "not_dones")
+_INDEX = "replay.json"
+
+
+class ReplayBuffer:
+    """A ring of transitions over a ring of frames.
+
+    Each transition names the frames of its stacks by number. `add` recognises the frames it has stored last by their
+    content, so it needs no word of where an episode begins, and whatever it is given comes back bit for bit.
+
+    There is room for 1/64 more frames than transitions, since an episode of n transitions has n + 1 frames. Where
+    episodes are shorter than 64 transitions, frames run out first, and the oldest transitions make room early.
+
+    Args:
+        obs_shape: (k * C, H, W) for pixels, kept as uint8, or (D,) for states, kept as float32.
+        action_shape: (A,).
+        capacity: transitions.
+        batch_size: transitions in a sample.
+        device: where samples are put.
+        seed: of the generator that draws them.
+        frame_channels: C, channels of a single frame.
+
+    Raises:
+        ValueError: stacks that are not made of whole frames, or a capacity below 1.
+    """
+
+    def __init__(
+        self,
+        obs_shape: tuple[int, ...],
+        action_shape: tuple[int, ...],
+        capacity: int,
+        batch_size: int,
+        device: torch.device | str,
+        seed: int = 0,
+        frame_channels: int = 3,
+    ):
+        if capacity < 1:
+            raise ValueError(f"capacity must be at least 1, got {capacity}")
+        pixels = len(obs_shape) == 3
+        if pixels and obs_shape[0] % frame_channels:
+            raise ValueError(f"{obs_shape[0]} channels are no whole number of frames of {frame_channels} channels")
+        self.obs_shape = tuple(obs_shape)
+        self.capacity = capacity
+        self.batch_size = batch_size
+        self.device = torch.device(device)
+        self.generator = np.random.default_rng(seed)
+        # A state is a stack of one frame.
+        self.num_stacked = obs_shape[0] // frame_channels if pixels else 1
+        frame_shape = (frame_channels, *obs_shape[1:]) if pixels else self.obs_shape
+        num_frames = capacity + capacity // 64 + 2 * self.num_stacked
+
+        self.frames = torch.empty((num_frames, *frame_shape), dtype=torch.uint8 if pixels else torch.float32)
+        self.frame_ids = np.empty((capacity, 2 * self.num_stacked), dtype=np.int64)  # those of obs, then of next_obs
+        self.actions = np.empty((capacity, *action_shape), dtype=np.float32)
+        self.rewards = np.empty((capacity, 1), dtype=np.float32)
+        self.not_dones = np.empty((capacity, 1), dtype=np.float32)
+
+        # Counted since the start and never wrapped: a number's place in a ring is its remainder by the ring's length.
+        self.frames_added = 0
+        self.transitions_added = 0
+        self.oldest = 0  # the first transition that is still whole
+        self.name = uuid.uuid4().hex  # tells this replay's files from another's
+        self._chunks: list[_Chunk] = []  # what `save` has written and not deleted
+        self._newest: list[tuple[int, np.ndarray]] = []  # the last next_obs: number and pixels of each frame
+
+    def __len__(self) -> int:
+        """Transitions that can be drawn."""
+        return self.transitions_added - self.oldest
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the full buffer takes."""
+        return self.frames.nbytes + sum(getattr(self, field).nbytes for field in _FIELDS)
+
+    def add(self, obs: np.ndarray, action: np.ndarray, reward: float, next_obs: np.ndarray, done: bool | float) -> None:
+        """Stores a transition.
+
+        Args:
+            obs: stack before the action; but at an episode's start it is the `next_obs` of the call before.
+            action: (A,).
+            reward: summed over the action's repeats.
+            next_obs: stack after it.
+            done: whether the episode truly ended; a time limit is no such end.
+
+        Raises:
+            ValueError: an observation of another shape.
+        """
+        obs_frames = self._store(self._split(obs), self._newest)
+        # Copied, because the next call compares with it and the caller may go on writing into the array.
+        self._newest = self._store(self._split(next_obs).copy(), obs_frames[1:])
+
+        place = self.transitions_added % self.capacity
+        self.frame_ids[place] = [number for number, _ in obs_frames + self._newest]
+        self.actions[place] = action
+        self.rewards[place] = reward
+        self.not_dones[place] = not done
+        self.transitions_added += 1
+        self.oldest = max(self.oldest, self.transitions_added - self.capacity)
+        while self._first_frame(self.oldest) < self.frames_added - len(self.frames):
+            self.oldest += 1
+
+    def _split(self, obs: np.ndarray) -> np.ndarray:
+        """The stack as its frames, (k, *frame shape), in the storage's dtype."""
+        if obs.shape != self.obs_shape:
+            raise ValueError(f"the replay holds observations of shape {self.obs_shape}, got {obs.shape}")
+        dtype = np.uint8 if self.frames.dtype == torch.uint8 else np.float32
+        return np.asarray(obs, dtype=dtype).reshape(self.num_stacked, *self.frames.shape[1:])
+
+    def _store(self, stack: np.ndarray, expected: list[tuple[int, np.ndarray]]) -> list[tuple[int, np.ndarray]]:
+        """Number and pixels of each frame of a stack.
+
+        A frame that equals the one expected in its place, or the one before it, is that one; others are written.
+        """
+        stored: list[tuple[int, np.ndarray]] = []
+        # What is used again must outlive the writes of one `add`: at most one for each frame of both stacks.
+        safe = self.frames_added + 2 * self.num_stacked - len(self.frames)
+        for position, frame in enumerate(stack):
+            for number, known in expected[position : position + 1] + stored[-1:]:
+                if number >= safe and np.array_equal(frame, known):
+                    break
+            else:
+                number = self.frames_added
+                self.frames[number % len(self.frames)] = torch.from_numpy(frame)
+                self.frames_added += 1
+            stored.append((number, frame))
+        return stored
+
+    def _first_frame(self, transition: int) -> int:
+        """Number of the oldest frame that a transition needs; it never falls from one transition to the next."""
+        return int(self.frame_ids[transition % self.capacity].min())
+
+    def sample(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Draws a batch uniformly, with replacement.
+
+        Returns:
+            obs (B, ...), action (B, A), reward (B, 1), next_obs (B, ...), not_done (B, 1), on the device:
+            pixels uint8, all else float32.
+
+        Raises:
+            ValueError: nothing is stored yet.
+        """
+        if not len(self):
+            raise ValueError("cannot sample from an empty replay: add transitions first")
+        return self.gather(self.generator.integers(self.oldest, self.transitions_added, self.batch_size))
+
+    def gather(self, transitions: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The named transitions, numbered since the start, as `sample` returns them."""
+        places = transitions % self.capacity
+        slots = torch.from_numpy(self.frame_ids[places] % len(self.frames))
+
+        def stacks(slots: Tensor) -> Tensor:
+            return self.frames[slots.flatten()].view(len(places), *self.obs_shape).to(self.device)
+
+        def field(values: np.ndarray) -> Tensor:
+            return torch.from_numpy(values[places]).to(self.device)
+
+        obs, next_obs = (stacks(half) for half in slots.split(self.num_stacked, dim=1))
+        return obs, field(self.actions), field(self.rewards), next_obs, field(self.not_dones)
+
+    def save(self, save_dir: str | Path) -> None:
+        """Writes what was added since the last `save`: a chunk `START_END.pt`, then `replay.json`, which lists them.
+
+        Either file appears whole or not at all, and a save that is killed leaves the one before it good. Chunks that
+        the rings have overwritten are deleted.
+
+        Raises:
+            FileExistsError: the folder holds another replay.
+        """
+        index_path = Path(save_dir) / _INDEX
+        index_path.parent.mkdir(parents=True, exist_ok=True)
+        if not self._chunks and index_path.exists():
+            raise FileExistsError(f"{index_path} belongs to another replay: save to an empty folder")
+        last = self._chunks[-1] if self._chunks else _Chunk("", 0, 0)
+        if last.end == self.transitions_added:
+            return
+        start = max(last.end, self.oldest)
+        frames_start = max(last.frames_end, self.frames_added - len(self.frames))
+        chunk = _Chunk(f"{start}_{self.transitions_added}.pt", self.transitions_added, self.frames_added)
+        content = {
+            "replay": self.name,
+            "start": start,
+            "frames_start": frames_start,
+            "frames": self.frames[torch.arange(frames_start, self.frames_added) % len(self.frames)],
+        }
+        for field in _FIELDS:
+            places = np.arange(start, self.transitions_added) % self.capacity
+            content[field] = torch.from_numpy(getattr(self, field)[places])
+        write_atomically(index_path.with_name(chunk.name), lambda file: torch.save(content, file))
+
+        needed = self._first_frame(self.oldest)
+        kept = [c for c in [*self._chunks, chunk] if c.end > self.oldest or c.frames_end > needed]
+        index = {
+            "replay": self.name,
+            "capacity": self.capacity,
+            "obs_shape": self.obs_shape,
+            "oldest": self.oldest,
+            "generator": self.generator.bit_generator.state,
+            "chunks": kept,
+        }
+        write_atomically(index_path, lambda file: file.write(json.dumps(index, indent=1).encode()))
+        for overwritten in set(self._chunks) - set(kept):
+            index_path.with_name(overwritten.name).unlink()
+        self._chunks = kept
+
+    def load(self, save_dir: str | Path) -> None:
+        """Restores what `save` wrote: contents, position, fullness, generator, and where the next `save` begins.
+
+        Raises:
+            ValueError: this buffer is not empty or of another size, or a file is missing, damaged or foreign; the
+                message names the file.
+        """
+        if self.transitions_added:
+            raise ValueError("this replay holds transitions already: load into a new one")
+        index_path = Path(save_dir) / _INDEX
+        with _naming(index_path):
+            index = json.loads(index_path.read_text())
+            chunks = [_Chunk(*fields) for fields in index["chunks"]]
+            size = (index["capacity"], tuple(index["obs_shape"]))
+            generator, oldest, name = index["generator"], index["oldest"], index["replay"]
+        if size != (self.capacity, self.obs_shape):
+            raise ValueError(f"{index_path} is of capacity {size[0]} and observations {size[1]}, not of this replay's")
+        for chunk in chunks:
+            path = index_path.with_name(chunk.name)
+            with _naming(path):
+                content = torch.load(path, weights_only=True)
+                if content["replay"] != name:
+                    raise ValueError("it belongs to another replay")
+                self.frames[torch.arange(content["frames_start"], chunk.frames_end) % len(self.frames)] = content[
+                    "frames"
+                ]
+                for field in _FIELDS:
+                    places = np.arange(content["start"], chunk.end) % self.capacity
+                    getattr(self, field)[places] = content[field].numpy()
+        self.name = name
+        self.generator.bit_generator.state = generator
+        self.oldest = oldest
+        self.transitions_added = chunks[-1].end
+        self.frames_added = chunks[-1].frames_end
+        self._chunks = chunks
+        self._newest = self._newest_stack()
+
+    def _newest_stack(self) -> list[tuple[int, np.ndarray]]:
+        """Number and pixels of each frame of the last `next_obs`."""
+        ids = self.frame_ids[(self.transitions_added - 1) % self.capacity, self.num_stacked :]
+        return [(int(number), self.frames[number % len(self.frames)].cpu().numpy().copy()) for number in ids]
+
+
+class _Chunk(NamedTuple):
+    """A file of `save`, and the numbers that follow its last transition and frame."""
+
+    name: str
+    end: int
+    frames_end: int
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turns whatever goes wrong with a file into one error that names it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: this replay cannot be loaded") from None
+    except Exception as error:  # torch.load raises almost anything on a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is damaged or no part of this replay: {reason}") from error
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Has `write` fill a temporary file beside `path` and puts it in place once it is on the disk."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

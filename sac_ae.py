@@ -1,0 +1,406 @@
+"""SAC+AE: soft actor-critic on the features of a regularised autoencoder (Yarats et al., arXiv 1910.01741).
+
+Shapes: B batch, C H W channels, height and width of the stacked frames, A action dimension, D feature dimension.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from decoder import make_decoder
+from encoder import make_encoder
+from utils import preprocess_obs, soft_update_params
+
+Metrics = dict[str, Tensor]
+
+
+class TransitionSource(Protocol):
+    """Whatever `SacAeAgent.update` draws its batches from."""
+
+    def sample(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """obs, action, reward, next_obs, not_done."""
+
+
+class MetricLogger(Protocol):
+    """Whatever `SacAeAgent.update` hands its losses to."""
+
+    def log(self, key: str, value: Any, step: int) -> None:
+        """Takes one detached value of a step."""
+
+
+def gaussian_logprob(noise: Tensor, log_std: Tensor) -> Tensor:
+    """Log density (B, 1) of mean + noise * std under N(mean, std), from noise and log_std (B, A)."""
+    log_density = -0.5 * noise.pow(2) - log_std - 0.5 * math.log(2 * math.pi)
+    return log_density.sum(-1, keepdim=True)
+
+
+def squash(mu: Tensor, pi: Tensor | None, log_pi: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Squashes mean and sample by tanh and corrects the log density for it (SAC, arXiv 1801.01290, appendix C)."""
+    mu = torch.tanh(mu)
+    if pi is not None:
+        pi = torch.tanh(pi)
+        if log_pi is not None:
+            # relu: rounding can make 1 - pi^2 negative where tanh is saturated.
+            log_pi = log_pi - torch.log(torch.relu(1 - pi.pow(2)) + 1e-6).sum(-1, keepdim=True)
+    return mu, pi, log_pi
+
+
+def weight_init(module: nn.Module) -> None:
+    """Orthogonal linear layers, delta-orthogonal convolutions (arXiv 1806.05393), zero biases; for `module.apply`."""
+    if isinstance(module, nn.Linear):
+        nn.init.orthogonal_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        nn.init.zeros_(module.weight)
+        row, column = (size // 2 for size in module.kernel_size)
+        nn.init.orthogonal_(module.weight.data[:, :, row, column], nn.init.calculate_gain("relu"))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
+    """Two hidden layers with ReLU."""
+    return nn.Sequential(
+        nn.Linear(in_dim, hidden_dim),
+        nn.ReLU(),
+        nn.Linear(hidden_dim, hidden_dim),
+        nn.ReLU(),
+        nn.Linear(hidden_dim, out_dim),
+    )
+
+
+class Actor(nn.Module):
+    """Policy: encoder, then an MLP to mean and log std of a tanh-squashed Gaussian."""
+
+    def __init__(
+        self,
+        obs_shape: tuple[int, ...],
+        action_shape: tuple[int, ...],
+        hidden_dim: int,
+        encoder_type: str,
+        encoder_feature_dim: int,
+        log_std_min: float,
+        log_std_max: float,
+        num_layers: int,
+        num_filters: int,
+    ):
+        super().__init__()
+        self.encoder = make_encoder(encoder_type, obs_shape, encoder_feature_dim, num_layers, num_filters)
+        self.log_std_min = log_std_min
+        self.log_std_max = log_std_max
+        self.trunk = mlp(self.encoder.feature_dim, hidden_dim, 2 * action_shape[0])
+        self.apply(weight_init)
+
+    def forward(
+        self, obs: Tensor, compute_pi: bool = True, compute_log_pi: bool = True, detach_encoder: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+        """Mean action, sampled action, its log probability (B, 1), and log std; actions (B, A) in [-1, 1].
+
+        The sample and its log probability are None where they were not asked for. A sample draws its noise from one
+        `torch.randn_like` of shape (B, A).
+        """
+        mu, raw_log_std = self.trunk(self.encoder(obs, detach=detach_encoder)).chunk(2, dim=-1)
+        # A smooth bound instead of a clamp: the gradient never vanishes altogether.
+        log_std = self.log_std_min + 0.5 * (self.log_std_max - self.log_std_min) * (torch.tanh(raw_log_std) + 1)
+        pi = log_pi = None
+        if compute_pi:
+            noise = torch.randn_like(mu)
+            pi = mu + noise * log_std.exp()
+            if compute_log_pi:
+                log_pi = gaussian_logprob(noise, log_std)
+        mu, pi, log_pi = squash(mu, pi, log_pi)
+        return mu, pi, log_pi, log_std
+
+
+class QFunction(nn.Module):
+    """Value of an action, from features and action joined."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden_dim: int):
+        super().__init__()
+        self.trunk = mlp(obs_dim + action_dim, hidden_dim, 1)
+
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        """Features (B, D) and actions (B, A) to values (B, 1)."""
+        return self.trunk(torch.cat([obs, action], dim=1))
+
+
+class Critic(nn.Module):
+    """Two Q functions on one encoder (clipped double Q, arXiv 1802.09477)."""
+
+    def __init__(
+        self,
+        obs_shape: tuple[int, ...],
+        action_shape: tuple[int, ...],
+        hidden_dim: int,
+        encoder_type: str,
+        encoder_feature_dim: int,
+        num_layers: int,
+        num_filters: int,
+    ):
+        super().__init__()
+        self.encoder = make_encoder(encoder_type, obs_shape, encoder_feature_dim, num_layers, num_filters)
+        self.Q1 = QFunction(self.encoder.feature_dim, action_shape[0], hidden_dim)
+        self.Q2 = QFunction(self.encoder.feature_dim, action_shape[0], hidden_dim)
+        self.apply(weight_init)
+
+    def forward(self, obs: Tensor, action: Tensor, detach_encoder: bool = False) -> tuple[Tensor, Tensor]:
+        """Both values, (B, 1) each."""
+        feature = self.encoder(obs, detach=detach_encoder)
+        return self.Q1(feature, action), self.Q2(feature, action)
+
+
+class SacAeAgent:
+    """Networks, losses and optimisers of SAC+AE.
+
+    With `decoder_type="identity"` there is no decoder (the paper's SAC:pixel); with `encoder_type="identity"` too
+    observations are state vectors (SAC:state). Frequencies count decisions, not environment steps.
+
+    Raises:
+        ValueError: types or sizes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        obs_shape: tuple[int, ...],
+        action_shape: tuple[int, ...],
+        device: torch.device | str,
+        hidden_dim: int = 1024,
+        discount: float = 0.99,
+        init_temperature: float = 0.1,
+        alpha_lr: float = 1e-4,
+        alpha_beta: float = 0.5,
+        actor_lr: float = 1e-3,
+        actor_beta: float = 0.9,
+        actor_log_std_min: float = -10,
+        actor_log_std_max: float = 2,
+        actor_update_freq: int = 2,
+        critic_lr: float = 1e-3,
+        critic_beta: float = 0.9,
+        critic_tau: float = 0.01,
+        critic_target_update_freq: int = 2,
+        encoder_type: str = "pixel",
+        encoder_feature_dim: int = 50,
+        encoder_lr: float = 1e-3,
+        encoder_tau: float = 0.05,
+        decoder_type: str = "pixel",
+        decoder_lr: float = 1e-3,
+        decoder_update_freq: int = 1,
+        decoder_latent_lambda: float = 1e-6,
+        decoder_weight_lambda: float = 1e-7,
+        num_layers: int = 4,
+        num_filters: int = 32,
+    ):
+        self.device = torch.device(device)
+        self.discount = discount
+        self.actor_update_freq = actor_update_freq
+        self.critic_tau = critic_tau
+        self.critic_target_update_freq = critic_target_update_freq
+        self.encoder_tau = encoder_tau
+        self.decoder_update_freq = decoder_update_freq
+        self.decoder_latent_lambda = decoder_latent_lambda
+        self.target_entropy = -math.prod(action_shape)
+
+        encoder_args = (encoder_type, encoder_feature_dim)
+        conv_args = (num_layers, num_filters)
+        limits = (actor_log_std_min, actor_log_std_max)
+        self.actor = Actor(obs_shape, action_shape, hidden_dim, *encoder_args, *limits, *conv_args).to(self.device)
+        self.critic = Critic(obs_shape, action_shape, hidden_dim, *encoder_args, *conv_args).to(self.device)
+        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
+        # The actor sees the critic's convolutions; its losses do not train them (paper, section 5.2).
+        self.actor.encoder.copy_conv_weights_from(self.critic.encoder)
+        self.decoder = make_decoder(decoder_type, obs_shape, encoder_feature_dim, *conv_args)
+
+        # float64 whatever the networks are: one number, stepped a million times by 1e-4 and less.
+        self.log_alpha = torch.tensor(math.log(init_temperature), dtype=torch.float64, device=self.device)
+        self.log_alpha.requires_grad_()
+
+        def adam(
+            params: Iterator[nn.Parameter] | list[Tensor], lr: float, beta: float, **kwargs: Any
+        ) -> torch.optim.Adam:
+            return torch.optim.Adam(params, lr=lr, betas=(beta, 0.999), **kwargs)
+
+        self.actor_optimizer = adam(self.actor.parameters(), actor_lr, actor_beta)
+        self.critic_optimizer = adam(self.critic.parameters(), critic_lr, critic_beta)
+        self.log_alpha_optimizer = adam([self.log_alpha], alpha_lr, alpha_beta)
+        if self.decoder is not None:
+            self.decoder.to(self.device).apply(weight_init)
+            self.encoder_optimizer = adam(self.critic.encoder.parameters(), encoder_lr, 0.9)
+            self.decoder_optimizer = adam(
+                self.decoder.parameters(), decoder_lr, 0.9, weight_decay=decoder_weight_lambda
+            )
+        self.train()
+
+    def train(self, training: bool = True) -> None:
+        """Sets training or evaluation mode of every network but the target, which never trains."""
+        self.training = training
+        for network in (self.actor, self.critic, self.decoder):
+            if network is not None:
+                network.train(training)
+
+    @property
+    def alpha(self) -> Tensor:
+        """Temperature, a float64 scalar with gradient to `log_alpha`."""
+        return self.log_alpha.exp()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the networks compute in."""
+        return next(self.critic.parameters()).dtype
+
+    def select_action(self, obs: np.ndarray) -> np.ndarray:
+        """The policy's mean action (A,) for one observation: evaluation."""
+        return self._act(obs, sample=False)
+
+    def sample_action(self, obs: np.ndarray) -> np.ndarray:
+        """An action (A,) drawn from the policy for one observation: training."""
+        return self._act(obs, sample=True)
+
+    @torch.no_grad()
+    def _act(self, obs: np.ndarray, sample: bool) -> np.ndarray:
+        batch = torch.as_tensor(obs, device=self.device).unsqueeze(0)
+        mu, pi, _, _ = self.actor(self._floating(batch), compute_pi=sample, compute_log_pi=False)
+        return (pi if sample else mu).squeeze(0).cpu().numpy()
+
+    def _floating(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.dtype)
+
+    def update(self, replay_buffer: TransitionSource, L: MetricLogger, step: int) -> Metrics:  # noqa: N803
+        """One update of everything that is due at decision `step`, on one batch.
+
+        Args:
+            replay_buffer: gives obs (uint8 or floating, 0..255 for pixels), action, reward, next_obs, not_done.
+            L: gets each of the returned metrics.
+            step: number of the decision, which selects what is due.
+
+        Returns:
+            Detached scalars on the agent's device, under the names they are logged with.
+        """
+        obs, action, reward, next_obs, not_done = (self._floating(field) for field in replay_buffer.sample())
+        metrics = {"train/batch_reward": reward.mean()}
+        metrics |= self.update_critic(obs, action, reward, next_obs, not_done)
+        if step % self.actor_update_freq == 0:
+            metrics |= self.update_actor_and_alpha(obs)
+        if step % self.critic_target_update_freq == 0:
+            self.update_target()
+        if self.decoder is not None and step % self.decoder_update_freq == 0:
+            metrics |= self.update_decoder(obs)
+        for key, value in metrics.items():
+            L.log(key, value, step)
+        return metrics
+
+    def update_critic(self, obs: Tensor, action: Tensor, reward: Tensor, next_obs: Tensor, not_done: Tensor) -> Metrics:
+        """Soft Bellman residual (paper, equation 2); trains the critic, its encoder included.
+
+        Tensors in the networks' dtype: obs and next_obs (B, ...), action (B, A), reward and not_done (B, 1).
+        """
+        with torch.no_grad():
+            _, next_action, next_log_pi, _ = self.actor(next_obs)
+            target_v = torch.min(*self.critic_target(next_obs, next_action)) - self.alpha * next_log_pi
+            target_q = reward + not_done * self.discount * target_v
+
+        q1, q2 = self.critic(obs, action)
+        loss = F.mse_loss(q1, target_q) + F.mse_loss(q2, target_q)
+
+        self.critic_optimizer.zero_grad()
+        loss.backward()
+        self.critic_optimizer.step()
+        return {"train_critic/loss": loss.detach()}
+
+    def update_actor_and_alpha(self, obs: Tensor) -> Metrics:
+        """Policy loss (paper, equation 3) and temperature loss (SAC, arXiv 1812.05905, equation 18).
+
+        obs (B, ...) in the networks' dtype. Gradients stop after the convolutions.
+        """
+        _, pi, log_pi, log_std = self.actor(obs, detach_encoder=True)
+        q = torch.min(*self.critic(obs, pi, detach_encoder=True))
+        loss = (self.alpha.detach() * log_pi - q).mean()
+
+        self.actor_optimizer.zero_grad()
+        loss.backward()
+        self.actor_optimizer.step()
+
+        alpha_loss = (self.alpha * (-log_pi - self.target_entropy).detach()).mean()
+        self.log_alpha_optimizer.zero_grad()
+        alpha_loss.backward()
+        self.log_alpha_optimizer.step()
+
+        entropy = 0.5 * log_std.shape[1] * (1 + math.log(2 * math.pi)) + log_std.detach().sum(dim=-1).mean()
+        return {
+            "train_actor/loss": loss.detach(),
+            "train_actor/entropy": entropy,
+            "train_alpha/loss": alpha_loss.detach(),
+            "train_alpha/value": self.alpha.detach(),
+        }
+
+    def update_target(self) -> None:
+        """Moves the target critic towards the critic, its encoder faster than its Q functions."""
+        soft_update_params(self.critic.Q1, self.critic_target.Q1, self.critic_tau)
+        soft_update_params(self.critic.Q2, self.critic_target.Q2, self.critic_tau)
+        soft_update_params(self.critic.encoder, self.critic_target.encoder, self.encoder_tau)
+
+    def update_decoder(self, obs: Tensor) -> Metrics:
+        """Reconstruction loss of a deterministic regularised autoencoder (paper, equation 4).
+
+        obs (B, C, H, W), 0..255 in the networks' dtype. Trains the decoder and the whole of the critic's encoder.
+        """
+        if self.decoder is None:
+            raise RuntimeError("there is no decoder to update: this agent was made with decoder_type identity")
+        feature = self.critic.encoder(obs)
+        reconstruction = self.decoder(feature)
+        latent_loss = 0.5 * feature.pow(2).sum(1).mean()
+        loss = F.mse_loss(reconstruction, preprocess_obs(obs)) + self.decoder_latent_lambda * latent_loss
+
+        self.encoder_optimizer.zero_grad()
+        self.decoder_optimizer.zero_grad()
+        loss.backward()
+        self.encoder_optimizer.step()
+        self.decoder_optimizer.step()
+        return {"train_ae/ae_loss": loss.detach()}
+
+    def save(self, model_dir: str | Path, step: int) -> None:
+        """Writes `NAME_STEP.pt` for actor, critic, decoder and, as `target`, the target critic with log alpha."""
+        for name, state in self._states().items():
+            torch.save(state, Path(model_dir) / f"{name}_{step}.pt")
+
+    def _states(self) -> dict[str, dict[str, Any]]:
+        states: dict[str, dict[str, Any]] = {
+            "actor": self.actor.state_dict(),
+            "critic": self.critic.state_dict(),
+            "target": {"critic_target": self.critic_target.state_dict(), "log_alpha": self.log_alpha.detach()},
+        }
+        if self.decoder is not None:
+            states["decoder"] = self.decoder.state_dict()
+        return states
+
+    def load(self, model_dir: str | Path, step: int) -> None:
+        """Loads what `save` or the authors' script wrote; without `target_STEP.pt` the target is the critic's copy.
+
+        Raises:
+            FileNotFoundError: a network's file is missing.
+            RuntimeError: a file's shapes are not this agent's.
+        """
+
+        def read(name: str) -> dict[str, Any]:
+            path = Path(model_dir) / f"{name}_{step}.pt"
+            return torch.load(path, map_location=self.device, weights_only=True)
+
+        self.actor.load_state_dict(read("actor"))
+        self.critic.load_state_dict(read("critic"))
+        if self.decoder is not None:
+            self.decoder.load_state_dict(read("decoder"))
+        if (Path(model_dir) / f"target_{step}.pt").exists():
+            target = read("target")
+            self.critic_target.load_state_dict(target["critic_target"])
+            with torch.no_grad():
+                self.log_alpha.copy_(target["log_alpha"])
+        else:
+            self.critic_target.load_state_dict(self.critic.state_dict())

@@ -1,0 +1,173 @@
+"""The published algorithm once more, in the plainest form: functions on dictionaries of tensors.
+
+It shares no code with the project and takes no short cut (every pass on its own, an Adam step per tensor), so that the
+project's update can be tested against it, and its speed measured beside it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+Params = dict[str, torch.Tensor]
+
+
+def encode(p: Params, obs, detach=False):
+    if "encoder.fc.weight" not in p:
+        return obs
+    x = obs / 255.0
+    i = 0
+    while f"encoder.convs.{i}.weight" in p:
+        x = F.relu(F.conv2d(x, p[f"encoder.convs.{i}.weight"], p[f"encoder.convs.{i}.bias"], stride=2 if i == 0 else 1))
+        i += 1
+    x = x.reshape(x.shape[0], -1)
+    if detach:
+        x = x.detach()
+    x = F.linear(x, p["encoder.fc.weight"], p["encoder.fc.bias"])
+    return torch.tanh(F.layer_norm(x, x.shape[1:], p["encoder.ln.weight"], p["encoder.ln.bias"]))
+
+
+def three_layers(p: Params, prefix: str, x):
+    for i in (0, 2):
+        x = F.relu(F.linear(x, p[f"{prefix}.{i}.weight"], p[f"{prefix}.{i}.bias"]))
+    return F.linear(x, p[f"{prefix}.4.weight"], p[f"{prefix}.4.bias"])
+
+
+def policy(p: Params, obs, detach=False):
+    mean, raw = three_layers(p, "trunk", encode(p, obs, detach)).chunk(2, dim=1)
+    log_std = -10 + 0.5 * (2 - -10) * (torch.tanh(raw) + 1)
+    noise = torch.randn_like(mean)
+    action = torch.tanh(mean + noise * torch.exp(log_std))
+    density = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
+    log_prob = (density - torch.log(F.relu(1 - action**2) + 1e-6)).sum(1, keepdim=True)
+    return action, log_prob
+
+
+def values(p: Params, obs, action, detach=False):
+    x = torch.cat([encode(p, obs, detach), action], dim=1)
+    return three_layers(p, "Q1.trunk", x), three_layers(p, "Q2.trunk", x)
+
+
+def decode(p: Params, feature, height, width):
+    x = F.relu(F.linear(feature, p["fc.weight"], p["fc.bias"]))
+    x = x.reshape(x.shape[0], -1, height, width)
+    last = sum(name.endswith("weight") for name in p) - 2
+    for i in range(last):
+        x = F.relu(F.conv_transpose2d(x, p[f"deconvs.{i}.weight"], p[f"deconvs.{i}.bias"]))
+    return F.conv_transpose2d(
+        x, p[f"deconvs.{last}.weight"], p[f"deconvs.{last}.bias"], stride=2, padding=0, output_padding=1
+    )
+
+
+class PlainAgent:
+    """SAC+AE at the default hyper-parameters, from given parameters (state dicts)."""
+
+    def __init__(self, actor: Params, critic: Params, decoder: Params | None):
+        def leaf(tensor):
+            return tensor.detach().clone().requires_grad_()
+
+        self.critic = {name: leaf(tensor) for name, tensor in critic.items()}
+        self.target = {name: tensor.detach().clone() for name, tensor in critic.items()}
+        self.actor = {
+            name: self.critic[name] if name.startswith("encoder.convs") else leaf(tensor)
+            for name, tensor in actor.items()
+        }
+        self.decoder = None if decoder is None else {name: leaf(tensor) for name, tensor in decoder.items()}
+        any_parameter = next(iter(self.critic.values()))
+        self.log_alpha = torch.tensor(np.log(0.1), device=any_parameter.device, requires_grad=True)
+
+        def adam(params, lr, beta, decay=0.0):
+            return torch.optim.Adam(params, lr=lr, betas=(beta, 0.999), weight_decay=decay, foreach=False, fused=False)
+
+        self.critic_adam = adam(list(self.critic.values()), 1e-3, 0.9)
+        self.actor_adam = adam(list(self.actor.values()), 1e-3, 0.9)
+        self.alpha_adam = adam([self.log_alpha], 1e-4, 0.5)
+        if self.decoder is not None:
+            encoder = [tensor for name, tensor in self.critic.items() if name.startswith("encoder.")]
+            self.encoder_adam = adam(encoder, 1e-3, 0.9)
+            self.decoder_adam = adam(list(self.decoder.values()), 1e-3, 0.9, decay=1e-7)
+
+    def update(self, batch, step):
+        """One update; the losses as numbers, under the names of the golden files."""
+        obs, action, reward, next_obs, not_done = batch
+        losses = {"step": step}
+
+        with torch.no_grad():
+            next_action, next_log_prob = policy(self.actor, next_obs)
+            q1, q2 = values(self.target, next_obs, next_action)
+            v = torch.minimum(q1, q2) - self.log_alpha.exp() * next_log_prob
+            y = reward + not_done * 0.99 * v
+        q1, q2 = values(self.critic, obs, action)
+        loss = ((q1 - y) ** 2).mean() + ((q2 - y) ** 2).mean()
+        losses["critic_loss"] = self.step(loss, self.critic_adam)
+
+        if step % 2 == 0:
+            new_action, log_prob = policy(self.actor, obs, detach=True)
+            q1, q2 = values(self.critic, obs, new_action, detach=True)
+            alpha = self.log_alpha.exp()
+            loss = (alpha.detach() * log_prob - torch.minimum(q1, q2)).mean()
+            losses["actor_loss"] = self.step(loss, self.actor_adam)
+            loss = (alpha * (-log_prob.detach() + action.shape[1])).mean()
+            losses["alpha_loss"] = self.step(loss, self.alpha_adam)
+
+            for name, tensor in self.target.items():
+                tau = 0.05 if name.startswith("encoder.") else 0.01
+                tensor.copy_(tau * self.critic[name].detach() + (1 - tau) * tensor)
+
+        if self.decoder is not None:
+            feature = encode(self.critic, obs)
+            side = [obs.shape[i] // 2 - 1 - 2 * (self.num_layers() - 1) for i in (2, 3)]
+            reconstruction = decode(self.decoder, feature, *side)
+            goal = torch.floor(obs / 8) / 32 + torch.rand_like(obs) / 32 - 0.5
+            loss = ((reconstruction - goal) ** 2).mean() + 1e-6 * (0.5 * (feature**2).sum(1)).mean()
+            losses["ae_loss"] = self.step(loss, self.encoder_adam, self.decoder_adam)
+        return losses
+
+    def num_layers(self):
+        """Convolutions of the encoder."""
+        return sum(name.startswith("encoder.convs") and name.endswith("weight") for name in self.critic)
+
+    def step(self, loss, *adams):
+        """Steps the optimisers along a loss; the loss as a number."""
+        for adam in adams:
+            adam.zero_grad()
+        loss.backward()
+        for adam in adams:
+            adam.step()
+        return loss.item()
+
+
+class PlainReplay:
+    """Both stacks of every transition, in NumPy, as a ring."""
+
+    def __init__(self, obs_shape, action_shape, capacity, batch_size, device, seed=0):
+        dtype = np.float32 if len(obs_shape) == 1 else np.uint8
+        self.obs = np.empty((capacity, *obs_shape), dtype)
+        self.next_obs = np.empty((capacity, *obs_shape), dtype)
+        self.action = np.empty((capacity, *action_shape), np.float32)
+        self.reward = np.empty((capacity, 1), np.float32)
+        self.not_done = np.empty((capacity, 1), np.float32)
+        self.capacity, self.batch_size, self.device = capacity, batch_size, device
+        self.added = 0
+        self.generator = np.random.default_rng(seed)
+
+    def add(self, obs, action, reward, next_obs, done):
+        place = self.added % self.capacity
+        self.obs[place] = obs
+        self.action[place] = action
+        self.reward[place] = reward
+        self.next_obs[place] = next_obs
+        self.not_done[place] = not done
+        self.added += 1
+
+    def sample(self):
+        return self.gather(self.generator.integers(0, min(self.added, self.capacity), self.batch_size))
+
+    def gather(self, transitions):
+        """Transitions by their number since the start, as floats on the device."""
+        places = transitions % self.capacity
+        fields = (self.obs, self.action, self.reward, self.next_obs, self.not_done)
+        return tuple(torch.as_tensor(field[places], device=self.device).float() for field in fields)

@@ -1,0 +1,150 @@
+"""The update computes the published method: against golden numbers and against the plain restatement."""
+
+from __future__ import annotations
+
+import copy
+
+import golden
+import numpy as np
+import plain
+import pytest
+import torch
+
+LOSSES = {
+    "critic_loss": "train_critic/loss",
+    "actor_loss": "train_actor/loss",
+    "alpha_loss": "train_alpha/loss",
+    "ae_loss": "train_ae/ae_loss",
+}
+
+
+class OneBatch:
+    """A replay that gives the batch it was given."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def sample(self):
+        return self.batch
+
+
+class Recorder:
+    """A logger that remembers."""
+
+    def __init__(self):
+        self.values = {}
+
+    def log(self, key, value, step, n=1):
+        self.values[key, step] = float(value)
+
+
+def agent_updates(agent, case, rs):
+    """The losses of the project's updates, as the golden files have them."""
+    logger = Recorder()
+    losses = []
+    for step, batch, normals, uniforms in golden.draw_batches(case, rs):
+        with golden.noise(normals, uniforms):
+            agent.update(OneBatch(batch), logger, step)
+        losses.append(
+            {"step": step}
+            | {name: logger.values[key, step] for name, key in LOSSES.items() if (key, step) in logger.values}
+        )
+    return losses
+
+
+def plain_agent(agent):
+    """The plain restatement, from the agent's parameters."""
+    decoder = None if agent.decoder is None else agent.decoder.state_dict()
+    return plain.PlainAgent(agent.actor.state_dict(), agent.critic.state_dict(), decoder)
+
+
+def plain_updates(agent, case, rs):
+    losses = []
+    for step, batch, normals, uniforms in golden.draw_batches(case, rs):
+        with golden.noise(normals, uniforms):
+            losses.append(agent.update(tuple(field.double() for field in batch), step))
+    return losses
+
+
+def approx(values):
+    # Sums of many small numbers cancel: an absolute bound far below any of the terms.
+    return pytest.approx(values, rel=1e-9, abs=1e-14)
+
+
+def assert_losses_equal(losses, expected):
+    assert [set(loss) for loss in losses] == [set(loss) for loss in expected]
+    for loss, want in zip(losses, expected, strict=True):
+        assert loss == pytest.approx(want, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["pixel", "state"])
+def test_agent_matches_golden(name):
+    data = golden.load_case(name)
+    rs = np.random.RandomState(data["case"]["seed"])
+    agent = golden.make_agent(data["case"])
+    golden.draw_parameters(agent, rs)
+    assert_losses_equal(agent_updates(agent, data["case"], rs), data["losses"])
+    assert agent.log_alpha.item() == approx(data["log_alpha"])
+    for network, parameters in data["final"].items():
+        state = getattr(agent, network).state_dict()
+        assert set(state) == set(parameters)
+        for parameter, want in parameters.items():
+            assert golden.statistics(state[parameter]) == approx(golden.expected_statistics(want)), parameter
+
+
+@pytest.mark.parametrize("name", ["pixel", "state"])
+def test_plain_restatement_matches_golden(name):
+    data = golden.load_case(name)
+    rs = np.random.RandomState(data["case"]["seed"])
+    agent = golden.make_agent(data["case"])
+    golden.draw_parameters(agent, rs)
+    restated = plain_agent(agent)
+    assert_losses_equal(plain_updates(restated, data["case"], rs), data["losses"])
+    assert restated.log_alpha.item() == approx(data["log_alpha"])
+    networks = {"actor": "actor", "critic": "critic", "critic_target": "target", "decoder": "decoder"}
+    for network, parameters in data["final"].items():
+        state = getattr(restated, networks[network])
+        for parameter, want in parameters.items():
+            assert golden.statistics(state[parameter]) == approx(golden.expected_statistics(want)), parameter
+
+
+def test_golden_test_can_fail():
+    """A discount that is off by a thousandth shows."""
+    data = golden.load_case("state")
+    rs = np.random.RandomState(data["case"]["seed"])
+    agent = golden.make_agent(data["case"], discount=0.991)
+    golden.draw_parameters(agent, rs)
+    with pytest.raises(AssertionError):
+        assert_losses_equal(agent_updates(agent, data["case"], rs), data["losses"])
+
+
+def test_uint8_and_floating_observations_are_the_same():
+    """Batches may hold pixels as they are stored or as numbers, in the networks' dtype or another."""
+    case = golden.load_case("pixel")["case"] | {"updates": 2}
+    results = []
+    for dtype in (torch.uint8, torch.float32, torch.float64):
+        rs = np.random.RandomState(case["seed"])
+        agent = golden.make_agent(case)
+        golden.draw_parameters(agent, rs)
+        for step, batch, normals, uniforms in golden.draw_batches(case, rs):
+            obs, action, reward, next_obs, not_done = batch
+            with golden.noise(normals, uniforms):
+                metrics = agent.update(
+                    OneBatch((obs.to(dtype), action, reward, next_obs.to(dtype), not_done)), Recorder(), step
+                )
+        results.append({key: float(value) for key, value in metrics.items()})
+    assert results[0] == results[1] == results[2]
+
+
+def test_float32_agent_stays_near_the_float64_one():
+    case = golden.load_case("pixel")["case"] | {"updates": 4}
+    rs = np.random.RandomState(case["seed"])
+    agent = golden.make_agent(case)
+    golden.draw_parameters(agent, rs)
+    single = golden.make_agent(case)
+    for name in ("actor", "critic", "critic_target", "decoder"):
+        getattr(single, name).load_state_dict(getattr(agent, name).state_dict())
+        getattr(single, name).float()
+    again = copy.deepcopy(rs)
+    for loss, want in zip(agent_updates(single, case, again), agent_updates(agent, case, rs), strict=True):
+        assert loss == pytest.approx(want, rel=1e-4)

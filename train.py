@@ -1,0 +1,486 @@
+"""Trains SAC+AE on a Control Suite task: `python train.py --help`."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import dmc2gym
+from encoder import conv_output_shape
+from logger import Logger, NonFiniteLossError
+from sac_ae import SacAeAgent
+from utils import FrameStack, ReplayBuffer, eval_mode, make_dir, set_seed_everywhere
+from video import VideoRecorder
+
+# Action repeats of the published results (paper, table 2).
+PUBLISHED_REPEATS = {
+    ("cartpole", "swingup"): 8,
+    ("reacher", "easy"): 4,
+    ("cheetah", "run"): 4,
+    ("ball_in_cup", "catch"): 4,
+    ("finger", "spin"): 2,
+    ("walker", "walk"): 2,
+}
+EPISODE_LENGTH = 1000  # environment steps
+# What a run writes into its work_dir; if any of it is there, the folder belongs to a run.
+RUN_FILES = ("args.json", "train.log", "eval.log", "tb", "video", "model", "buffer")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the message on stderr and exits with status 2."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def number(kind: type, low: float, high: float = math.inf, exclusive: bool = False) -> Callable[[str], Any]:
+    """An argparse type: a finite number from `low` to `high`, without `low` itself where `exclusive`."""
+
+    def convert(text: str) -> Any:
+        value = kind(text)
+        if not math.isfinite(value) or not low <= value <= high or (exclusive and value == low):
+            bounds = f"{'above' if exclusive else 'at least'} {low}" + (
+                f" and at most {high}" if high < math.inf else ""
+            )
+            raise argparse.ArgumentTypeError(f"must be {bounds}, got {text}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse names it where the text is no number
+    return convert
+
+
+COUNT = number(int, 1)
+RATE = number(float, 0, exclusive=True)  # learning rates, temperature
+BETA = number(float, 0, 0.9999999)  # of Adam: below 1
+FRACTION = number(float, 0, 1)
+WEIGHT = number(float, 0)
+ANY = number(float, -math.inf)
+
+
+def make_parser() -> OneLineParser:
+    """The command line; each flag with a help text and its default."""
+    parser = OneLineParser(
+        description="Trains SAC+AE, SAC:pixel (--decoder_type identity) or SAC:state (both types identity).",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    group = parser.add_argument_group("environment")
+    group.add_argument("--domain_name", default="cheetah", help="domain of the Control Suite")
+    group.add_argument("--task_name", default="run", help="task of the domain")
+    group.add_argument("--image_size", type=COUNT, default=84, help="height and width of observed pixels, even")
+    group.add_argument("--action_repeat", type=COUNT, default=1, help="environment steps a decision lasts")
+    group.add_argument("--frame_stack", type=COUNT, default=3, help="frames in an observation")
+
+    group = parser.add_argument_group("replay")
+    group.add_argument("--replay_buffer_capacity", type=COUNT, default=1_000_000, help="transitions it holds at most")
+
+    group = parser.add_argument_group("training (steps are decisions: environment steps / action_repeat)")
+    group.add_argument("--agent", choices=["sac_ae"], default="sac_ae", help="the method")
+    group.add_argument(
+        "--init_steps",
+        type=COUNT,
+        default=1000,
+        help="decisions at random before the first update; then as many updates",
+    )
+    group.add_argument("--num_train_steps", type=COUNT, default=1_000_000, help="decisions in all")
+    group.add_argument("--batch_size", type=COUNT, default=128, help="transitions in an update")
+    group.add_argument("--hidden_dim", type=COUNT, default=1024, help="units of the hidden layers of actor and critic")
+    group.add_argument("--discount", type=FRACTION, default=0.99, help="discount per decision")
+    group.add_argument("--init_temperature", type=RATE, default=0.1, help="alpha at the start")
+    group.add_argument("--alpha_lr", type=RATE, default=1e-4, help="learning rate of log alpha")
+    group.add_argument("--alpha_beta", type=BETA, default=0.5, help="Adam's beta1 for log alpha")
+
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--eval_freq", type=COUNT, default=10_000, help="decisions between evaluations")
+    group.add_argument("--num_eval_episodes", type=COUNT, default=10, help="episodes in an evaluation")
+
+    group = parser.add_argument_group("critic")
+    group.add_argument("--critic_lr", type=RATE, default=1e-3, help="learning rate")
+    group.add_argument("--critic_beta", type=BETA, default=0.9, help="Adam's beta1")
+    group.add_argument("--critic_tau", type=FRACTION, default=0.01, help="rate of the target's Q functions")
+    group.add_argument("--critic_target_update_freq", type=COUNT, default=2, help="decisions between target updates")
+
+    group = parser.add_argument_group("actor")
+    group.add_argument("--actor_lr", type=RATE, default=1e-3, help="learning rate")
+    group.add_argument("--actor_beta", type=BETA, default=0.9, help="Adam's beta1")
+    group.add_argument("--actor_log_std_min", type=ANY, default=-10, help="lower limit of the log deviation")
+    group.add_argument("--actor_log_std_max", type=ANY, default=2, help="upper limit of the log deviation")
+    group.add_argument("--actor_update_freq", type=COUNT, default=2, help="decisions between actor and alpha updates")
+
+    group = parser.add_argument_group("encoder and decoder")
+    kinds = ["pixel", "identity"]
+    group.add_argument("--encoder_type", choices=kinds, default="pixel", help="identity observes states")
+    group.add_argument("--encoder_feature_dim", type=COUNT, default=50, help="length of the feature vector")
+    group.add_argument("--encoder_lr", type=RATE, default=1e-3, help="learning rate under the decoder's loss")
+    group.add_argument("--encoder_tau", type=FRACTION, default=0.05, help="rate of the target's encoder")
+    group.add_argument("--decoder_type", choices=kinds, default="pixel", help="identity means no decoder")
+    group.add_argument("--decoder_lr", type=RATE, default=1e-3, help="learning rate")
+    group.add_argument("--decoder_update_freq", type=COUNT, default=1, help="decisions between decoder updates")
+    group.add_argument("--decoder_latent_lambda", type=WEIGHT, default=1e-6, help="weight of the features' L2 penalty")
+    group.add_argument("--decoder_weight_lambda", type=WEIGHT, default=1e-7, help="weight decay of the decoder")
+    group.add_argument("--num_layers", type=COUNT, default=4, help="convolutions, and transposed convolutions")
+    group.add_argument("--num_filters", type=COUNT, default=32, help="channels of a convolution")
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=1, help="of everything random")
+    group.add_argument("--work_dir", default="./log", help="folder of the run's files, which must not hold a run")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where networks live")
+    group.add_argument("--save_tb", action="store_true", help="write TensorBoard events to work_dir/tb")
+    group.add_argument("--save_model", action="store_true", help="save the networks at evaluations to work_dir/model")
+    group.add_argument("--save_buffer", action="store_true", help="save the replay at evaluations to work_dir/buffer")
+    group.add_argument("--save_video", action="store_true", help="save an episode of each evaluation to work_dir/video")
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuses what single flags do not show to be wrong.
+
+    Raises:
+        ValueError: says in a line what is wrong and what to do.
+    """
+    tasks = dmc2gym.task_names()
+    if (args.domain_name, args.task_name) not in tasks:
+        name = f"{args.domain_name} {args.task_name}"
+        in_domain = [f"{domain} {task}" for domain, task in tasks if domain == args.domain_name]
+        close = in_domain or difflib.get_close_matches(name, [" ".join(task) for task in tasks], n=3, cutoff=0.4)
+        raise ValueError(f"the Control Suite has no task {name}; close ones: {', '.join(close) or 'none'}")
+    if args.encoder_type == "pixel":
+        conv_output_shape(args.image_size, args.image_size, args.num_layers)
+    elif args.decoder_type == "pixel":
+        raise ValueError("decoder_type pixel needs encoder_type pixel: states are not reconstructed")
+    if replay_capacity(args) < args.batch_size:
+        raise ValueError(
+            f"replay_buffer_capacity and num_train_steps must be at least batch_size, got "
+            f"{args.replay_buffer_capacity}, {args.num_train_steps} and {args.batch_size}"
+        )
+    if args.actor_log_std_min >= args.actor_log_std_max:
+        raise ValueError("actor_log_std_min must be below actor_log_std_max")
+    check_device(args.device)
+    check_work_dir(Path(args.work_dir))
+    if args.save_video:
+        check_ffmpeg()
+
+
+def check_device(name: str) -> None:
+    """Raises ValueError unless a tensor can be put on the device."""
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        raise ValueError(f"there is no device {name} here, but {', '.join(there)}") from error
+
+
+def check_work_dir(work_dir: Path) -> None:
+    """Raises ValueError if the folder holds a run or cannot be written."""
+    held = [name for name in RUN_FILES if (work_dir / name).exists()]
+    if held:
+        raise ValueError(
+            f"work_dir {work_dir} holds a run already ({', '.join(held)}): choose another, or move it away"
+        )
+    existing = next(path for path in (work_dir, *work_dir.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"work_dir {work_dir} cannot be written: choose another")
+
+
+def check_ffmpeg() -> None:
+    """Raises ValueError if videos cannot be encoded."""
+    try:
+        import imageio_ffmpeg
+
+        imageio_ffmpeg.get_ffmpeg_exe()
+    except (ImportError, RuntimeError) as error:
+        raise ValueError("save_video needs ffmpeg: pip install imageio[ffmpeg]") from error
+
+
+def make_env(args: argparse.Namespace, seed: int) -> Any:
+    """The task as the agent sees it: frames stacked where they are pixels."""
+    env = dmc2gym.make(
+        args.domain_name,
+        args.task_name,
+        seed=seed,
+        visualize_reward=False,
+        from_pixels=args.encoder_type == "pixel",
+        height=args.image_size,
+        width=args.image_size,
+        frame_skip=args.action_repeat,
+        episode_length=EPISODE_LENGTH,
+    )
+    return FrameStack(env, args.frame_stack) if args.encoder_type == "pixel" else env
+
+
+def replay_capacity(args: argparse.Namespace) -> int:
+    """Transitions to make room for: no more than the run will see."""
+    return min(args.replay_buffer_capacity, args.num_train_steps)
+
+
+def make_agent(args: argparse.Namespace, obs_shape: tuple[int, ...], action_shape: tuple[int, ...]) -> SacAeAgent:
+    """An agent with the flags of its name."""
+    return SacAeAgent(
+        obs_shape,
+        action_shape,
+        args.device,
+        hidden_dim=args.hidden_dim,
+        discount=args.discount,
+        init_temperature=args.init_temperature,
+        alpha_lr=args.alpha_lr,
+        alpha_beta=args.alpha_beta,
+        actor_lr=args.actor_lr,
+        actor_beta=args.actor_beta,
+        actor_log_std_min=args.actor_log_std_min,
+        actor_log_std_max=args.actor_log_std_max,
+        actor_update_freq=args.actor_update_freq,
+        critic_lr=args.critic_lr,
+        critic_beta=args.critic_beta,
+        critic_tau=args.critic_tau,
+        critic_target_update_freq=args.critic_target_update_freq,
+        encoder_type=args.encoder_type,
+        encoder_feature_dim=args.encoder_feature_dim,
+        encoder_lr=args.encoder_lr,
+        encoder_tau=args.encoder_tau,
+        decoder_type=args.decoder_type,
+        decoder_lr=args.decoder_lr,
+        decoder_update_freq=args.decoder_update_freq,
+        decoder_latent_lambda=args.decoder_latent_lambda,
+        decoder_weight_lambda=args.decoder_weight_lambda,
+        num_layers=args.num_layers,
+        num_filters=args.num_filters,
+    )
+
+
+class Run:
+    """A training run: environments, agent, replay and logs, wired into one loop.
+
+    Making one writes nothing; `train` does.
+
+    Raises:
+        ValueError, dmc2gym.RendererError: what is asked for cannot be had; the message is one for the user.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        check(args)
+        set_seed_everywhere(args.seed)
+        self.args = args
+        self.work_dir = Path(args.work_dir)
+        self.env = make_env(args, args.seed)
+        self.eval_env = make_env(args, args.seed)  # reseeded at every episode
+        obs_shape = self.env.observation_space.shape
+        action_shape = self.env.action_space.shape
+        self.agent = make_agent(args, obs_shape, action_shape)
+        self.replay = ReplayBuffer(
+            obs_shape, action_shape, replay_capacity(args), args.batch_size, args.device, seed=args.seed
+        )
+        self.video = VideoRecorder(
+            self.work_dir / "video" if args.save_video else None, camera_id=self.env.unwrapped.camera_id
+        )
+        self.renderer = (
+            self.env.unwrapped.renderer if args.encoder_type == "pixel" or args.save_video else ("none", False)
+        )
+
+    def describe(self) -> Iterator[str]:
+        """What a user wants to know before the run: lines to print."""
+        args = self.args
+        repeat = PUBLISHED_REPEATS.get((args.domain_name, args.task_name), args.action_repeat)
+        if args.action_repeat != repeat:
+            yield f"note: the published results on this task have --action_repeat {repeat}, not {args.action_repeat}"
+        device = torch.device(args.device)
+        name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else f" ({os.cpu_count()} cores)"
+        yield f"device: {args.device}{name}"
+        if device.type == "cpu" and args.encoder_type == "pixel":
+            yield "note: without a GPU expect about one update a second; `make demo` shows everything in minutes"
+        renderer, software = self.renderer
+        yield f"renderer: {renderer}"
+        if software:
+            yield "warning: this renderer is software on the CPU, about 25 ms a frame; a GPU needs its EGL driver"
+        yield f"observation: {self.env.observation_space.shape} {self.env.observation_space.dtype}"
+        yield f"action: {self.env.action_space.shape}"
+        size = self.replay.nbytes
+        yield f"replay: {size / 1e9:.2f} GB of host memory for {self.replay.capacity:,} transitions"
+        if size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+            yield "warning: that is more than this machine has; take a smaller --replay_buffer_capacity"
+        for name in ("actor", "critic", "decoder"):
+            network = getattr(self.agent, name)
+            if network is not None:
+                yield f"{name}: {sum(parameter.numel() for parameter in network.parameters()):,} parameters"
+
+    def train(self) -> None:
+        """Runs the loop.
+
+        The order is the method's: the action is chosen, then the update runs, then the environment steps, so that the
+        newest transition is not yet in the batch.
+
+        Raises:
+            NonFiniteLossError: a loss became NaN or infinite.
+        """
+        args = self.args
+        make_dir(self.work_dir)
+        (self.work_dir / "args.json").write_text(json.dumps(vars(args), indent=4, sort_keys=True) + "\n")
+        self.logger = Logger(self.work_dir, use_tb=args.save_tb)
+        self.evaluate(step=0)
+        next_eval = args.eval_freq
+
+        episode, episode_start, episode_reward, start_time = 1, 0, 0.0, time.perf_counter()
+        obs, _ = self.env.reset()
+        for step in range(args.num_train_steps):
+            action = self.act(obs, step)
+            if step >= args.init_steps:
+                # The first time, one update for each of the random decisions, all of them at this very step.
+                num_updates = args.init_steps if step == args.init_steps else 1
+                for _ in progress(num_updates, "first updates"):
+                    self.agent.update(self.replay, self.logger, step)
+            next_obs, reward, terminated, truncated, _ = self.env.step(action)
+            # A time limit is no end of the task: the target bootstraps through it.
+            self.replay.add(obs, action, reward, next_obs, terminated)
+            episode_reward += reward
+            obs = next_obs
+
+            if terminated or truncated:
+                decisions = step + 1
+                duration = time.perf_counter() - start_time
+                self.log_episode(decisions, episode, episode_reward, decisions - episode_start, duration)
+                if decisions >= next_eval:
+                    self.evaluate(decisions)
+                    next_eval = (decisions // args.eval_freq + 1) * args.eval_freq
+                obs, _ = self.env.reset()
+                episode, episode_start, episode_reward = episode + 1, decisions, 0.0
+                start_time = time.perf_counter()
+        self.save(args.num_train_steps)
+
+    def act(self, obs: np.ndarray, step: int) -> np.ndarray:
+        """The action of decision `step`: uniform for the first `init_steps`, then the policy's."""
+        if step < self.args.init_steps:
+            return self.env.action_space.sample()
+        with eval_mode(self.agent):
+            action = self.agent.sample_action(obs)
+        if not np.isfinite(action).all():
+            self.logger.check_losses()  # names the loss that diverged
+        return action
+
+    def log_episode(self, step: int, episode: int, reward: float, decisions: int, duration: float) -> None:
+        """The line of an episode that ended after decision `step`; duration in seconds."""
+        self.logger.log("train/episode", episode, step)
+        self.logger.log("train/episode_reward", reward, step)
+        self.logger.log("train/duration", duration, step)
+        self.logger.log("train/environment_steps", step * self.args.action_repeat, step)
+        self.logger.log("train/decisions_per_second", decisions / duration, step)
+        self.logger.dump(step)
+
+    def evaluate(self, step: int) -> None:
+        """Plays `num_eval_episodes` episodes with mean actions, in an environment and with seeds of their own."""
+        args, env, seen = self.args, self.eval_env, []
+        start_time, decisions = time.perf_counter(), 0
+        for episode in progress(args.num_eval_episodes, "evaluation"):
+            self.video.init(enabled=episode == 0)
+            # A function of these three numbers and of nothing that has happened before.
+            seed = int(np.random.SeedSequence((args.seed, step, episode)).generate_state(1)[0])
+            obs, _ = env.reset(seed=seed)
+            self.video.record(env)
+            done, episode_reward = False, 0.0
+            while not done:
+                if episode == 0:
+                    seen.append(obs)
+                with eval_mode(self.agent):
+                    action = self.agent.select_action(obs)
+                obs, reward, terminated, truncated, _ = env.step(action)
+                self.video.record(env)
+                done = terminated or truncated
+                episode_reward += reward
+                decisions += 1
+            if episode == 0:
+                self.video.save(f"{step}.mp4")
+                self.logger.log_video("eval/video", self.video.frames, step, self.video.fps)
+            self.logger.log("eval/episode_reward", episode_reward, step)
+        duration = time.perf_counter() - start_time
+        self.logger.log("eval/duration", duration, step)
+        self.logger.log("eval/environment_steps", step * args.action_repeat, step)
+        self.logger.log("eval/decisions_per_second", decisions / duration, step)
+        self.logger.dump(step)
+        if args.save_tb:
+            self.log_networks(np.stack(seen[:: max(1, len(seen) // 8)][:8]), step)
+        self.save(step)
+
+    @torch.no_grad()
+    def log_networks(self, observations: np.ndarray, step: int) -> None:
+        """Weights, activations on some observations (N, ...), and reconstructions beside them, for TensorBoard."""
+        agent = self.agent
+        obs = torch.as_tensor(observations, device=agent.device).to(agent.dtype)
+        networks: dict[str, nn.Module] = {"actor": agent.actor, "critic": agent.critic}
+        if agent.decoder is not None:
+            networks["decoder"] = agent.decoder
+        hooks = []
+        for network_name, network in networks.items():
+            for name, layer in network.named_modules():
+                if next(layer.parameters(recurse=False), None) is not None:
+                    key = f"train_{network_name}/{name}"
+                    self.logger.log_param(key, layer, step)
+                    hooks.append(layer.register_forward_hook(self._log_activation(key, step)))
+        mean_action, _, _, _ = agent.actor(obs, compute_pi=False, compute_log_pi=False)
+        agent.critic(obs, mean_action)
+        if agent.decoder is not None:
+            reconstruction = agent.decoder(agent.critic.encoder(obs)) + 0.5
+            newest = torch.stack([obs[:, -3:] / 255, reconstruction[:, -3:].clamp(0, 1)], dim=1)
+            self.logger.log_image("eval/observation_and_reconstruction", newest.flatten(0, 1), step)
+        for hook in hooks:
+            hook.remove()
+
+    def _log_activation(self, key: str, step: int) -> Callable[..., None]:
+        return lambda _layer, _inputs, output: self.logger.log_histogram(f"{key}_output", output, step)
+
+    def save(self, step: int) -> None:
+        """Writes networks and replay, if asked for."""
+        if self.args.save_model:
+            self.agent.save(make_dir(self.work_dir / "model"), step)
+        if self.args.save_buffer:
+            self.replay.save(self.work_dir / "buffer")
+
+    def close(self) -> None:
+        """Frees environments and logs."""
+        self.env.close()
+        self.eval_env.close()
+        if hasattr(self, "logger"):
+            self.logger.close()
+
+
+def progress(count: int, name: str) -> Iterator[int]:
+    """Counts, with a bar on stderr if that is a terminal and the bar is gone before a line is printed."""
+    return iter(tqdm(range(count), desc=name, leave=False, disable=True if count == 1 else None))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        run = Run(args)
+    except (ValueError, dmc2gym.RendererError) as error:
+        parser.error(str(error))
+    for line in run.describe():
+        print(line, flush=True)
+    try:
+        run.train()
+    except NonFiniteLossError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+    finally:
+        run.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

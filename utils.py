@@ -1,0 +1,129 @@
+"""What agent and training loop share: seeds, target updates, image targets, frame stacks."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import gym
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from replay_buffer import ReplayBuffer
+
+__all__ = [
+    "FrameStack",
+    "ReplayBuffer",
+    "eval_mode",
+    "make_dir",
+    "module_hash",
+    "preprocess_obs",
+    "set_seed_everywhere",
+    "soft_update_params",
+]
+
+
+class Trainable(Protocol):
+    """A module, or an agent made of modules."""
+
+    training: bool
+
+    def train(self, training: bool = True, /) -> Any:
+        """Sets the mode."""
+
+
+@contextmanager
+def eval_mode(*models: Trainable) -> Iterator[None]:
+    """Puts models into evaluation mode and back into the mode that each was in."""
+    modes = [model.training for model in models]
+    try:
+        for model in models:
+            model.train(False)
+        yield
+    finally:
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)
+
+
+@torch.no_grad()
+def soft_update_params(net: nn.Module, target_net: nn.Module, tau: float) -> None:
+    """Sets target = tau * net + (1 - tau) * target, parameter by parameter."""
+    targets: list[Tensor] = list(target_net.parameters())
+    if targets:
+        torch._foreach_lerp_(targets, list(net.parameters()), tau)
+
+
+def set_seed_everywhere(seed: int) -> None:
+    """Seeds Python's, NumPy's and PyTorch's global generators, all GPUs' included."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def module_hash(module: nn.Module) -> str:
+    """SHA-256 of all parameters and buffers, bit by bit: equal for equal modules, whatever device they are on."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def make_dir(dir_path: str | Path) -> Path:
+    """Creates a folder with its parents, where it is not there yet."""
+    path = Path(dir_path)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def preprocess_obs(obs: Tensor, bits: int = 5) -> Tensor:
+    """The decoder's target: pixels cut to `bits` bits, dithered, in [-0.5, 0.5) (Glow, arXiv 1807.03039).
+
+    Args:
+        obs: floating pixels 0..255 of any shape.
+        bits: depth that is kept, at most 8.
+
+    Raises:
+        TypeError: the pixels are integers, which cannot carry the dither.
+    """
+    if not obs.is_floating_point():
+        raise TypeError(f"preprocess_obs takes floating pixels, got {obs.dtype}")
+    bins = 2**bits
+    quantised = torch.floor(obs / 2 ** (8 - bits)) / bins
+    return quantised + torch.rand_like(obs) / bins - 0.5
+
+
+class FrameStack(gym.Wrapper):
+    """Stacks the last `k` frames on the channel axis, oldest first; the first frame of an episode is repeated.
+
+    Observations (C, H, W) become new arrays (k * C, H, W).
+    """
+
+    def __init__(self, env: gym.Env, k: int):
+        super().__init__(env)
+        self._k = k
+        self._frames: deque[np.ndarray] = deque(maxlen=k)
+        space: Any = env.observation_space
+        self.observation_space = gym.spaces.Box(
+            low=np.concatenate([space.low] * k), high=np.concatenate([space.high] * k), dtype=space.dtype
+        )
+        # Code written for gym's own wrappers looks for the limit here.
+        self._max_episode_steps = getattr(env, "_max_episode_steps", None)
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        """Starts an episode: `k` times its first frame."""
+        frame, info = self.env.reset(**kwargs)
+        self._frames.extend([frame] * self._k)
+        return np.concatenate(self._frames), info
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Drops the oldest frame for the newest."""
+        frame, reward, terminated, truncated, info = self.env.step(action)
+        self._frames.append(frame)
+        return np.concatenate(self._frames), reward, terminated, truncated, info

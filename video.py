@@ -1,0 +1,51 @@
+"""Videos of evaluation episodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import imageio.v2 as imageio
+
+
+class VideoRecorder:
+    """Collects rendered frames and writes them as an mp4.
+
+    Args:
+        dir_name: folder of the videos, made when the first one is saved; None records nothing.
+        height, width: of the picture in pixels, even.
+        camera_id: of the simulator's cameras.
+        fps: frames a second.
+    """
+
+    def __init__(
+        self, dir_name: str | Path | None, height: int = 256, width: int = 256, camera_id: int = 0, fps: int = 30
+    ):
+        self.dir_name = None if dir_name is None else Path(dir_name)
+        self.height = height
+        self.width = width
+        self.camera_id = camera_id
+        self.fps = fps
+        self.enabled = False
+        self.frames: list[Any] = []
+
+    def init(self, enabled: bool = True) -> None:
+        """Begins a video, or turns recording off."""
+        self.frames = []
+        self.enabled = enabled and self.dir_name is not None
+
+    def record(self, env: Any) -> None:
+        """Adds a frame of what `env` shows now."""
+        if self.enabled:
+            frame = env.render(mode="rgb_array", height=self.height, width=self.width, camera_id=self.camera_id)
+            self.frames.append(frame)
+
+    def save(self, file_name: str) -> None:
+        """Writes the frames to `file_name` (.mp4) in the recorder's folder; it appears whole or not at all."""
+        if not self.enabled or self.dir_name is None:
+            return
+        self.dir_name.mkdir(parents=True, exist_ok=True)
+        temporary = self.dir_name / f".{file_name}"
+        # One writer thread: by default ffmpeg takes the cores that training needs. Blocks of 2: any even size is kept.
+        imageio.mimwrite(temporary, self.frames, fps=self.fps, macro_block_size=2, output_params=["-threads", "1"])
+        temporary.replace(self.dir_name / file_name)
