@@ -1,0 +1,277 @@
+"""The Control Suite wrapper against dm_control used directly."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import dmc2gym
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def make():
+    """dmc2gym.make, closing what it made at the end of the test."""
+    made = []
+
+    def make_and_remember(*args, **kwargs):
+        made.append(dmc2gym.make(*args, **kwargs))
+        return made[-1]
+
+    yield make_and_remember
+    for env in made:
+        env.close()
+
+
+def load(domain, task, seed):
+    from dm_control import suite
+
+    return suite.load(domain, task, task_kwargs={"random": seed})
+
+
+def flat(observation):
+    return np.concatenate([np.ravel(value) for value in observation.values()])
+
+
+def actions(shape, count, seed=0):
+    return np.random.default_rng(seed).uniform(-1, 1, (count, *shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("domain", "task"), dmc2gym.task_names())
+def test_every_task_resets_steps_and_renders(make, domain, task):
+    env = make(domain, task, from_pixels=True, height=16, width=20)
+    obs, info = env.reset()
+    assert obs.shape == (3, 16, 20)
+    assert obs.dtype == np.uint8
+    assert obs in env.observation_space
+    assert env.current_state.shape == env.state_space.shape
+    assert env.current_state.dtype == np.float64
+    for action in actions(env.action_space.shape, 2):
+        obs, reward, terminated, truncated, info = env.step(action)
+    assert obs in env.observation_space
+    assert isinstance(reward, float)
+    assert type(terminated) is type(truncated) is bool
+    assert {"internal_state", "discount"} <= set(info)
+    assert env.current_state in env.state_space
+    assert env.render(mode="rgb_array", height=8, width=12, camera_id=0).shape == (8, 12, 3)
+
+
+@pytest.mark.parametrize(
+    ("domain", "task", "repeat"), [("cheetah", "run", 4), ("cartpole", "swingup", 8), ("humanoid", "walk", 1)]
+)
+def test_equals_dm_control(make, domain, task, repeat):
+    """The same actions give the same observations, rewards and discounts."""
+    env = make(domain, task, seed=5, frame_skip=repeat)
+    direct = load(domain, task, 5)
+    obs, _ = env.reset()
+    assert np.array_equal(obs, flat(direct.reset().observation))
+    for action in actions(env.action_space.shape, 30):
+        obs, reward, terminated, truncated, info = env.step(action)
+        want = 0.0
+        for _ in range(repeat):
+            time_step = direct.step(action)
+            want += time_step.reward
+        assert np.array_equal(obs, flat(time_step.observation))
+        assert obs.dtype == np.float64
+        assert reward == want
+        assert info["discount"] == time_step.discount
+        assert np.array_equal(info["internal_state"], direct.physics.get_state())
+        assert not terminated
+        assert not truncated
+
+
+def test_pixels_equal_dm_controls(make):
+    env = make("cheetah", "run", seed=5, from_pixels=True, frame_skip=2, visualize_reward=False)
+    last = make("cheetah", "run", seed=5, from_pixels=True, frame_skip=2, channels_first=False)
+    direct = load("cheetah", "run", 5)
+    direct.reset()
+    assert np.array_equal(env.reset()[0].transpose(1, 2, 0), last.reset()[0])
+    for action in actions((6,), 5):
+        obs, channels_last = env.step(action)[0], last.step(action)[0]
+        direct.step(action)
+        direct.step(action)
+        assert np.array_equal(channels_last, direct.physics.render(84, 84, camera_id=0))
+        assert np.array_equal(obs, channels_last.transpose(2, 0, 1))
+    assert np.array_equal(env.render(height=40, width=60, camera_id=1), direct.physics.render(40, 60, camera_id=1))
+    direct.close()
+
+
+def test_cameras(make):
+    env = make("quadruped", "walk", from_pixels=True, height=32, width=32)
+    obs, _ = env.reset()
+    physics = env.unwrapped.physics
+    assert np.array_equal(obs.transpose(1, 2, 0), physics.render(32, 32, camera_id=2))
+    assert np.array_equal(env.render(camera_id=0), physics.render(32, 32, camera_id=0))
+    assert not np.array_equal(env.render(camera_id=0), env.render())
+    obs, _ = make("quadruped", "walk", from_pixels=True, height=32, width=32, camera_id=0).reset()
+    assert np.array_equal(obs.transpose(1, 2, 0), env.render(camera_id=0))
+
+
+def play(env, count, reset_seed=None):
+    """An episode's observations and rewards as one array of bytes."""
+    record = [env.reset(seed=reset_seed)[0].tobytes()]
+    for action in actions(env.action_space.shape, count):
+        obs, reward, *_ = env.step(action)
+        record.append(obs.tobytes() + np.float64(reward).tobytes())
+    return record
+
+
+@pytest.mark.parametrize("task", [("reacher", "easy"), ("lqr", "lqr_6_2")])
+def test_same_seed_same_episodes(make, task):
+    settings = {"from_pixels": True, "height": 24, "width": 24}
+    first, second, other = (make(*task, seed=seed, **settings) for seed in (3, 3, 4))
+    episodes = [[play(env, 5) for _ in range(2)] for env in (first, second, other)]
+    assert episodes[0] == episodes[1]
+    assert episodes[0] != episodes[2]
+    assert episodes[0][0] != episodes[0][1]
+    assert np.array_equal(*([env.action_space.sample() for _ in range(3)] for env in (first, second)))
+
+
+def test_reset_with_a_seed(make):
+    env = make("reacher", "easy", seed=3)
+    play(env, 5)
+    assert play(env, 5, reset_seed=11) == play(make("reacher", "easy", seed=8), 5, reset_seed=11)
+    assert play(env, 5, reset_seed=11) != play(env, 5, reset_seed=12)
+
+
+def test_pickled_environment_goes_on_alike(make):
+    env = make("cheetah", "run", from_pixels=True, height=24, width=24, frame_skip=2)
+    env.reset()
+    for action in actions((6,), 3):
+        env.step(action)
+    copy = pickle.loads(pickle.dumps(env))
+    for action in actions((6,), 4, seed=1):
+        for ours, theirs in zip(env.step(action)[:4], copy.step(action)[:4], strict=True):
+            assert np.array_equal(ours, theirs)
+    assert np.array_equal(env.reset()[0], copy.reset()[0])
+    assert (env.action_space.sample() == copy.action_space.sample()).all()
+    copy.close()
+
+
+@pytest.mark.parametrize(("repeat", "decisions"), [(8, 125), (3, 334), (4, 250)])
+def test_time_limit(make, repeat, decisions):
+    """1000 environment steps, rounded up to whole decisions; the task has not ended."""
+    env = make("cartpole", "swingup", frame_skip=repeat)
+    for _ in range(2):
+        env.reset()
+        flags = []
+        while not flags or not any(flags[-1]):
+            flags.append(env.step(np.zeros(1))[2:4])
+        assert len(flags) == decisions
+        assert flags[-1] == (False, True)
+
+
+def test_shorter_limits(make):
+    env = make("cartpole", "swingup", frame_skip=4, episode_length=10)
+    env.reset()
+    assert [env.step(np.zeros(1))[3] for _ in range(3)] == [False, False, True]
+    env = make("cartpole", "swingup", time_limit=0.05)  # seconds of 0.01
+    env.reset()
+    assert [env.step(np.zeros(1))[3] for _ in range(5)] == [False] * 4 + [True]
+
+
+def test_true_end(make, monkeypatch):
+    """A task ends with discount 0: nothing that follows is worth anything."""
+    env = make("lqr", "lqr_2_1", seed=1)
+    env.reset()
+    monkeypatch.setattr(env.unwrapped._env.task, "get_termination", lambda physics: 0.0)
+    _, _, terminated, truncated, info = env.step(np.zeros(1))
+    assert (terminated, truncated, info["discount"]) == (True, False, 0)
+
+
+def test_actions_are_scaled_to_the_tasks_limits(make):
+    env = make("quadruped", "walk")
+    spec = env.unwrapped._env.action_spec()
+    assert spec.maximum.max() > 1
+    env.reset()
+    for action, limit in ((np.ones(12), spec.maximum), (-np.ones(12), spec.minimum)):
+        env.step(action)
+        assert np.allclose(env.unwrapped.physics.control(), limit)
+    env.step(np.zeros(12))
+    assert np.allclose(env.unwrapped.physics.control(), (spec.maximum + spec.minimum) / 2)
+    env = make("lqr", "lqr_2_1")  # without limits: as they are
+    env.reset()
+    env.step(np.array([0.25]))
+    assert env.unwrapped.physics.control() == pytest.approx([0.25])
+
+
+@pytest.mark.parametrize("action", [np.full(6, 1.5), np.full(6, np.nan), np.zeros(5)])
+def test_impossible_actions_are_refused(make, action):
+    env = make("cheetah", "run")
+    env.reset()
+    with pytest.raises(ValueError, match="actions are"):
+        env.step(action)
+
+
+def test_pixels_never_show_the_reward(make):
+    settings = {"from_pixels": True, "height": 48, "width": 48}
+    shown, hidden = (make("ball_in_cup", "catch", visualize_reward=flag, **settings) for flag in (True, False))
+    assert play(shown, 5) == play(hidden, 5)
+
+
+def test_configurations_do_not_mix(make):
+    small = make("cheetah", "run", from_pixels=True, height=16, width=16, frame_skip=1)
+    large = make("cheetah", "run", from_pixels=True, height=32, width=32, frame_skip=5)
+    assert small.reset()[0].shape == (3, 16, 16)
+    assert large.reset()[0].shape == (3, 32, 32)
+    assert large.step(np.zeros(6))[1] != small.step(np.zeros(6))[1]
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: dmc2gym.make("cheetah", "fly"), "no task cheetah fly"),
+        (lambda: dmc2gym.make("cheetah", "run", frame_skip=0), "at least 1"),
+        (lambda: dmc2gym.make("cheetah", "run").render(mode="human"), "render mode 'human'"),
+    ],
+)
+def test_bad_arguments_are_refused(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+@pytest.mark.parametrize("from_pixels", [False, True])
+@pytest.mark.filterwarnings("ignore")  # advice about unbounded states and frame rates
+def test_gymnasiums_own_check(make, from_pixels):
+    from gymnasium.utils.env_checker import check_env
+    from shimmy import GymV26CompatibilityV0
+
+    check_env(GymV26CompatibilityV0(env=make("cartpole", "swingup", from_pixels=from_pixels)))
+
+
+@pytest.mark.parametrize("ending", ["", "env.close()", "env.close(); env.close()", "del env", "raise SystemExit(0)"])
+def test_programs_end_silently(ending):
+    program = (
+        "import dmc2gym\n"
+        "env = dmc2gym.make('cheetah', 'run', from_pixels=True)\n"
+        "env.reset(); env.step(env.action_space.sample())\n" + ending
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout + result.stderr == ""
+
+
+def test_import_chooses_a_renderer_before_dm_control():
+    program = "import sys, os, dmc2gym; print(os.environ['MUJOCO_GL'], 'dm_control' in sys.modules)"
+    environment = {"PATH": "/usr/bin:/bin"}
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert result.stdout.split()[1] == "False"
+    assert result.stdout.split()[0] in ("egl", "osmesa", "disabled")
+
+
+def test_states_need_no_renderer():
+    program = (
+        "import dmc2gym\n"
+        "env = dmc2gym.make('cheetah', 'run'); env.reset(); env.step(env.action_space.sample())\n"
+        "try: env.render()\n"
+        "except dmc2gym.RendererError as error: print(error)"
+    )
+    environment = {"PATH": "/usr/bin:/bin", "MUJOCO_GL": "disabled"}
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert "libegl1 libgl1-mesa-dri" in result.stdout
+    assert result.stderr == ""

@@ -1,0 +1,277 @@
+"""The replay gives what naive storage gives, bit for bit."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import plain
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from utils import ReplayBuffer
+
+
+class Episodes:
+    """Endless episodes of random small pictures, as a loop with a frame stack hands them to a replay."""
+
+    def __init__(self, seed, num_stacked, shape=(3, 2, 2), values=256):
+        self.rng = np.random.default_rng(seed)
+        self.num_stacked, self.shape, self.values = num_stacked, shape, values
+
+    def frame(self):
+        return self.rng.integers(0, self.values, self.shape, dtype=np.uint8)
+
+    def play(self, length):
+        """The transitions of an episode."""
+        stack = [self.frame()] * self.num_stacked
+        for index in range(length):
+            following = [*stack[1:], self.frame()]
+            done = index == length - 1 and self.rng.random() < 0.5
+            action = self.rng.uniform(-1, 1, 2).astype(np.float32)
+            yield np.concatenate(stack), action, float(self.rng.random()), np.concatenate(following), done
+            stack = following
+
+
+def make_both(capacity, num_stacked=3, batch_size=8, shape=(3, 2, 2)):
+    obs_shape = (num_stacked * shape[0], *shape[1:])
+    args = (obs_shape, (2,), capacity, batch_size, "cpu")
+    return ReplayBuffer(*args, frame_channels=shape[0]), plain.PlainReplay(*args)
+
+
+def assert_same(replay, naive):
+    """Everything that can be drawn equals naive storage."""
+    transitions = np.arange(replay.oldest, replay.transitions_added)
+    for ours, theirs in zip(replay.gather(transitions), naive.gather(transitions), strict=True):
+        assert torch.equal(ours.float(), theirs)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    capacity=st.integers(1, 90),
+    num_stacked=st.integers(1, 4),
+    channels=st.sampled_from([1, 3]),
+    # Few distinct pixel values make neighbouring frames equal by chance.
+    values=st.sampled_from([2, 256]),
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12),
+    seed=st.integers(0, 99),
+)
+def test_equals_naive_storage(capacity, num_stacked, channels, values, lengths, seed):
+    shape = (channels, 1, 2)
+    replay, naive = make_both(capacity, num_stacked, shape=shape)
+    episodes = Episodes(seed, num_stacked, shape, values)
+    for length in lengths:
+        for transition in episodes.play(length):
+            replay.add(*transition)
+            naive.add(*transition)
+            assert 1 <= len(replay) <= capacity
+            assert replay.frames_added - len(replay.frames) <= replay._first_frame(replay.oldest)
+        assert_same(replay, naive)
+
+
+@settings(max_examples=50, deadline=None)
+@given(capacity=st.integers(1, 20), count=st.integers(1, 60), seed=st.integers(0, 99), values=st.sampled_from([2, 256]))
+def test_equals_naive_storage_for_unrelated_observations(capacity, count, seed, values):
+    """Whatever is added comes back, even where no frame is shared."""
+    replay, naive = make_both(capacity)
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        obs, next_obs = rng.integers(0, values, (2, 9, 2, 2), dtype=np.uint8)
+        transition = obs, rng.uniform(-1, 1, 2), rng.random(), next_obs, rng.random() < 0.5
+        replay.add(*transition)
+        naive.add(*transition)
+    assert_same(replay, naive)
+
+
+def test_no_transition_is_lost_before_the_ring_is_full():
+    """Episodes of 64 transitions and more leave room for all of the capacity."""
+    replay, naive = make_both(capacity=640)
+    episodes = Episodes(0, 3)
+    for _ in range(25):
+        for transition in episodes.play(64):
+            replay.add(*transition)
+            naive.add(*transition)
+            assert len(replay) == min(640, replay.transitions_added)
+    assert_same(replay, naive)
+
+
+def test_caller_may_reuse_its_arrays():
+    replay, naive = make_both(20)
+    obs, next_obs = np.zeros((2, 9, 2, 2), np.uint8)
+    for transition in Episodes(0, 3).play(10):
+        obs[:], next_obs[:] = transition[0], transition[3]
+        replay.add(obs, transition[1], transition[2], next_obs, transition[4])
+        naive.add(obs, transition[1], transition[2], next_obs, transition[4])
+        obs[:] = next_obs[:] = 0
+    assert_same(replay, naive)
+    assert replay.frames_added == 11
+
+
+def test_states_are_kept_as_float32():
+    replay = ReplayBuffer((4,), (2,), 10, 8, "cpu")
+    rng = np.random.default_rng(0)
+    states = rng.standard_normal((31, 4))
+    for state, following in zip(states, states[1:], strict=False):
+        replay.add(state, np.zeros(2), 0.0, following, False)
+    obs, _, _, next_obs, _ = replay.gather(np.arange(20, 30))
+    assert obs.dtype == torch.float32
+    assert torch.equal(obs, torch.as_tensor(states[20:30]).float())
+    assert torch.equal(next_obs, torch.as_tensor(states[21:31]).float())
+    assert replay.frames_added == 31
+
+
+def test_sample_shapes_and_types():
+    replay, _ = make_both(20, batch_size=5)
+    with pytest.raises(ValueError, match="empty replay"):
+        replay.sample()
+    for transition in Episodes(0, 3).play(10):
+        replay.add(*transition)
+    obs, action, reward, next_obs, not_done = replay.sample()
+    assert obs.shape == next_obs.shape == (5, 9, 2, 2)
+    assert obs.dtype == next_obs.dtype == torch.uint8
+    assert action.shape == (5, 2)
+    assert reward.shape == not_done.shape == (5, 1)
+    assert action.dtype == reward.dtype == not_done.dtype == torch.float32
+
+
+def test_draws_are_uniform_and_from_what_is_stored():
+    replay = ReplayBuffer((1,), (1,), 50, 100, "cpu", seed=3)
+    for index in range(120):
+        replay.add(np.full(1, index), np.zeros(1), 0.0, np.full(1, index + 1), False)
+    draws = np.concatenate([replay.sample()[0].numpy().ravel() for _ in range(500)]).astype(int)
+    counts = np.bincount(draws, minlength=120)
+    assert counts[:70].sum() == 0
+    chi_square = ((counts[70:] - 1000) ** 2 / 1000).sum()
+    assert chi_square < 85.4  # 0.999 quantile for 49 degrees of freedom
+
+
+def test_same_seed_same_draws():
+    samples = []
+    for _ in range(2):
+        replay, _ = make_both(20)
+        for transition in Episodes(0, 3).play(10):
+            replay.add(*transition)
+        samples.append(replay.sample()[0])
+    assert torch.equal(*samples)
+
+
+def test_memory():
+    """At most 1.05 times the frames of 10,000 transitions; nearly six times less than both stacks."""
+    replay = ReplayBuffer((9, 84, 84), (6,), 10_000, 128, "cpu")
+    assert replay.nbytes <= 1.05 * 10_000 * 3 * 84 * 84
+    assert replay.nbytes >= replay.frames.nbytes + replay.frame_ids.nbytes
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: ReplayBuffer((9, 4, 4), (2,), 0, 8, "cpu"), "capacity"),
+        (lambda: ReplayBuffer((8, 4, 4), (2,), 10, 8, "cpu"), "whole number of frames"),
+        (
+            lambda: make_both(3)[0].add(np.zeros((9, 4, 4)), np.zeros(2), 0.0, np.zeros((9, 4, 4)), False),
+            "observations of shape",
+        ),
+    ],
+)
+def test_wrong_shapes_are_refused(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    capacity=st.integers(1, 60),
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=10),
+    data=st.data(),
+)
+def test_save_and_load_continue_as_if_nothing_had_been(capacity, lengths, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("replay")
+    replay, naive = make_both(capacity)
+    episodes = Episodes(0, 3)
+    for length in lengths:
+        for transition in episodes.play(length):
+            replay.add(*transition)
+            naive.add(*transition)
+        action = data.draw(st.sampled_from(["nothing", "save", "load"]))
+        if action != "nothing":
+            replay.save(folder)
+        if action == "load":
+            loaded, _ = make_both(capacity)
+            loaded.load(folder)
+            assert (loaded.oldest, loaded.transitions_added) == (replay.oldest, replay.transitions_added)
+            assert torch.equal(loaded.sample()[0], replay.sample()[0])
+            replay = loaded
+        assert_same(replay, naive)
+    saved = {path.name for path in folder.iterdir()} - {"replay.json"}
+    assert saved == {chunk.name for chunk in replay._chunks}
+
+
+def saved_replay(folder):
+    replay, _ = make_both(100)
+    for length in (10, 20, 30):
+        for transition in Episodes(0, 3).play(length):
+            replay.add(*transition)
+        replay.save(folder)
+    return replay
+
+
+def test_a_save_writes_only_what_is_new(tmp_path):
+    saved_replay(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0_10.pt", "10_30.pt", "30_60.pt", "replay.json"]
+    assert len(torch.load(tmp_path / "30_60.pt")["frames"]) == 31
+
+
+def test_a_killed_save_leaves_the_last_one_good(tmp_path):
+    replay = saved_replay(tmp_path)
+    index = (tmp_path / "replay.json").read_bytes()
+    for transition in Episodes(5, 3).play(5):
+        replay.add(*transition)
+    replay.save(tmp_path)
+    (tmp_path / "replay.json").write_bytes(index)  # as if killed before the index was written
+    loaded, _ = make_both(100)
+    loaded.load(tmp_path)
+    assert loaded.transitions_added == 60
+    for transition in Episodes(5, 3).play(5):
+        loaded.add(*transition)
+    loaded.save(tmp_path)
+    again, _ = make_both(100)
+    again.load(tmp_path)
+    assert len(again) == 65
+
+
+@pytest.mark.parametrize("harm", ["truncate", "empty", "remove", "replace"])
+@pytest.mark.parametrize("name", ["10_30.pt", "replay.json"])
+def test_damaged_files_are_named(tmp_path, name, harm):
+    saved_replay(tmp_path / "a")
+    path = tmp_path / "a" / name
+    content = path.read_bytes()
+    if harm == "truncate":
+        path.write_bytes(content[: len(content) // 2])
+    elif harm == "empty":
+        path.write_bytes(b"")
+    elif harm == "remove":
+        path.unlink()
+    else:
+        saved_replay(tmp_path / "b")
+        path.write_bytes((tmp_path / "b" / name).read_bytes())
+    replay, _ = make_both(100)
+    with pytest.raises(ValueError, match=r"(10_30\.pt|0_10\.pt|replay\.json)") as error:
+        replay.load(tmp_path / "a")
+    assert "\n" not in str(error.value)
+
+
+def test_other_replays_are_not_overwritten(tmp_path):
+    saved_replay(tmp_path)
+    other, _ = make_both(100)
+    for transition in Episodes(0, 3).play(4):
+        other.add(*transition)
+    with pytest.raises(FileExistsError, match="another replay"):
+        other.save(tmp_path)
+    with pytest.raises(ValueError, match="holds transitions already"):
+        other.load(tmp_path)
+    small, _ = make_both(99)
+    with pytest.raises(ValueError, match="capacity"):
+        small.load(tmp_path)
+    assert json.loads((tmp_path / "replay.json").read_text())["capacity"] == 100

@@ -1,0 +1,98 @@
+"""Frame stacks and small helpers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from toy import CountingEnv
+
+from utils import (
+    FrameStack,
+    eval_mode,
+    make_dir,
+    module_hash,
+    preprocess_obs,
+    set_seed_everywhere,
+    soft_update_params,
+)
+
+
+def frame_numbers(obs):
+    """The frames in a stack of CountingEnv, oldest first."""
+    assert (obs.reshape(-1, 3 * 16 * 16) == obs[::3, 0, 0][:, None]).all()
+    return obs[::3, 0, 0].tolist()
+
+
+def test_frame_stack_counts():
+    env = FrameStack(CountingEnv(limit=4), 3)
+    assert env.observation_space.shape == (9, 16, 16)
+    assert env.observation_space.dtype == np.uint8
+    obs, _ = env.reset()
+    assert frame_numbers(obs) == [0, 0, 0]
+    stacks = [env.step(np.zeros(1)) for _ in range(4)]
+    assert [frame_numbers(stack[0]) for stack in stacks] == [[0, 0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4]]
+    assert [stack[3] for stack in stacks] == [False, False, False, True]
+    assert frame_numbers(env.reset()[0]) == [5, 5, 5]
+    assert frame_numbers(obs) == [0, 0, 0], "an observation changed after it was given away"
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_any_number_of_frames(k):
+    env = FrameStack(CountingEnv(), k)
+    env.reset()
+    for _ in range(4):
+        obs = env.step(np.zeros(1))[0]
+    assert frame_numbers(obs) == [max(0, i) for i in range(5 - k, 5)]
+
+
+def test_eval_mode_restores_each():
+    trained, not_trained = nn.Dropout(), nn.Dropout().train(False)
+    with pytest.raises(KeyError), eval_mode(trained, not_trained):
+        assert not trained.training
+        raise KeyError
+    assert trained.training
+    assert not not_trained.training
+
+
+def test_soft_update():
+    net, target = nn.Linear(3, 2), nn.Linear(3, 2)
+    want = [0.1 * a + 0.9 * b for a, b in zip(net.parameters(), target.parameters(), strict=True)]
+    soft_update_params(net, target, 0.1)
+    for value, expected in zip(target.parameters(), want, strict=True):
+        assert torch.allclose(value, expected)
+
+
+def test_preprocess_obs():
+    pixels = torch.arange(256, dtype=torch.float64).repeat(50, 1)
+    image = preprocess_obs(pixels)
+    floor = torch.floor(pixels / 8) / 32 - 0.5
+    assert (image >= floor).all()
+    assert (image < floor + 1 / 32).all()
+    assert image.min() >= -0.5
+    assert image.max() < 0.5
+    assert (image - floor).mean() == pytest.approx(1 / 64, rel=0.02)
+    with pytest.raises(TypeError, match="floating"):
+        preprocess_obs(pixels.to(torch.uint8))
+
+
+def test_module_hash_sees_every_bit():
+    torch.manual_seed(0)
+    module, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    assert module_hash(module) != module_hash(other)
+    other.load_state_dict(module.state_dict())
+    assert module_hash(module) == module_hash(other)
+    with torch.no_grad():
+        other.weight[1, 2] = torch.nextafter(other.weight[1, 2], torch.tensor(10.0))
+    assert module_hash(module) != module_hash(other)
+
+
+def test_seeds_and_folders(tmp_path):
+    draws = []
+    for _ in range(2):
+        set_seed_everywhere(3)
+        draws.append((torch.rand(1).item(), np.random.rand()))
+    assert draws[0] == draws[1]
+    assert make_dir(tmp_path / "a" / "b").is_dir()
+    assert make_dir(tmp_path / "a" / "b").is_dir()
