@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import pty
 import re
 import subprocess
 import sys
@@ -17,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from terminal import reader
 
 from logger import Logger, NonFiniteLossError
 from video import VideoRecorder
@@ -41,7 +40,8 @@ def test_train_line(tmp_path, capsys):
     logger.log("train/episode_reward", 21.16758, 1000)
     logger.dump(1000)
     assert capsys.readouterr().out == (
-        "| train | E: 4 | S: 1000 | D: 0.8 s | R: 21.1676 | BR: 0.1250 | ALOSS: -0.5000 | CLOSS: 3.0000 | RLOSS: 0.2500\n"
+        "| train | E: 4 | S: 1000 | D: 0.8 s | R: 21.1676 | BR: 0.1250"
+        " | ALOSS: -0.5000 | CLOSS: 3.0000 | RLOSS: 0.2500\n"
     )
     record = json.loads((tmp_path / "train.log").read_text())
     assert record == {
@@ -90,11 +90,9 @@ def test_colour_only_on_a_terminal(tmp_path, terminal, no_color, coloured):
         "logger.dump(0)"
     )
     environment = {"PATH": "/usr/bin:/bin", "TERM": "xterm"} | ({"NO_COLOR": "1"} if no_color else {})
-    read_end, write_end = pty.openpty() if terminal else os.pipe()
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=write_end, env=environment, check=True)
-    os.close(write_end)
-    line = os.read(read_end, 1000).decode().replace("\r\n", "\n")
-    os.close(read_end)
+    with reader(terminal) as (stdout, read):
+        subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=stdout, env=environment, check=True)
+    line = read()
     assert ("\x1b[" in line) == coloured
     assert re.sub("\x1b\\[\\d+m", "", line) == "| eval | S: 0 | ER: 1.0000\n"
 
@@ -104,9 +102,9 @@ def test_bad_losses_are_named(tmp_path, bad):
     logger = Logger(tmp_path, use_tb=False)
     for step, value in ((7, 1.0), (8, bad), (9, 2.0)):
         logger.log("train_critic/loss", torch.tensor(value), step)
-    with pytest.raises(NonFiniteLossError, match="train_critic/loss .* step 8"):
+    with pytest.raises(NonFiniteLossError, match=r"train_critic/loss .* step 8"):
         logger.check_losses()
-    with pytest.raises(NonFiniteLossError, match="train_critic/loss .* step 8"):
+    with pytest.raises(NonFiniteLossError, match=r"train_critic/loss .* step 8"):
         logger.dump(10)
     assert not (tmp_path / "train.log").exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -113,7 +114,7 @@ def test_states_are_kept_as_float32():
     replay = ReplayBuffer((4,), (2,), 10, 8, "cpu")
     rng = np.random.default_rng(0)
     states = rng.standard_normal((31, 4))
-    for state, following in zip(states, states[1:], strict=False):
+    for state, following in itertools.pairwise(states):
         replay.add(state, np.zeros(2), 0.0, following, False)
     obs, _, _, next_obs, _ = replay.gather(np.arange(20, 30))
     assert obs.dtype == torch.float32

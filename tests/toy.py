@@ -9,13 +9,14 @@ import numpy as np
 class CountingEnv(gym.Env):
     """Every pixel is the number of the frame within the run (mod 256): stacking errors show.
 
-    The first action component ends the episode where it is above 0.5; the time limit is given.
+    Episodes last `limit` decisions; with `ends` an action above 0.5 ends one before.
     """
 
-    def __init__(self, size=16, limit=5):
+    def __init__(self, size=16, limit=5, ends=False):
         self.observation_space = gym.spaces.Box(0, 255, (3, size, size), np.uint8)
         self.action_space = gym.spaces.Box(-1, 1, (1,), np.float32, seed=1)
         self.limit = limit
+        self.ends = ends
         self.frame = -1
 
     def _observe(self):
@@ -28,7 +29,7 @@ class CountingEnv(gym.Env):
 
     def step(self, action):
         self.steps += 1
-        ended = bool(action[0] > 0.5)
+        ended = bool(self.ends and action[0] > 0.5)
         return self._observe(), 1.0, ended, self.steps == self.limit and not ended, {}
 
 
