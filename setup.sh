@@ -28,4 +28,4 @@ renders() {
 "$python" -m venv "$venv"
 echo "installing $requirements into $venv: some minutes, and several GB where PyTorch comes with CUDA"
 "$venv/bin/python" -m pip install --quiet -r "$requirements"
-renders || install libegl1 libgl1-mesa-dri || echo "until then nothing can render; states can be learned from" >&2
+renders || install libegl1 libgl1-mesa-dri libopengl0 || echo "until then nothing can render; states can be learned from" >&2

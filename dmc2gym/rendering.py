@@ -9,7 +9,7 @@ from typing import Any
 
 _LIBRARIES = {"egl": "libEGL.so.1", "osmesa": "libOSMesa.so.8"}
 _SOFTWARE = ("llvmpipe", "softpipe", "swrast", "software")
-INSTALL_HINT = "on Debian or Ubuntu: apt-get install libegl1 libgl1-mesa-dri"
+INSTALL_HINT = "on Debian or Ubuntu: apt-get install libegl1 libgl1-mesa-dri libopengl0"
 
 
 class RendererError(RuntimeError):
