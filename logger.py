@@ -159,7 +159,7 @@ class Logger:
         grid = montage(pictures, channel_axis=-1, padding_width=2, fill=[0, 0, 0])
         self._writer.add_image(key, grid, step, dataformats="HWC")
 
-    def log_video(self, key: str, frames: np.ndarray | list[np.ndarray], step: int, fps: int = 30) -> None:
+    def log_video(self, key: str, frames: np.ndarray | list[np.ndarray], step: int, fps: int = 15) -> None:
         """Frames (T, H, W, 3), uint8, as an animation."""
         if self._writer is None:
             return

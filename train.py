@@ -400,8 +400,7 @@ class Run:
                 episode_reward += reward
                 decisions += 1
             if episode == 0:
-                self.video.save(f"{step}.mp4")
-                self.logger.log_video("eval/video", self.video.frames, step, self.video.fps)
+                self.save_video(step)
             self.logger.log("eval/episode_reward", episode_reward, step)
         duration = time.perf_counter() - start_time
         self.logger.log("eval/duration", duration, step)
@@ -438,6 +437,12 @@ class Run:
 
     def _log_activation(self, key: str, step: int) -> Callable[..., None]:
         return lambda _layer, _inputs, output: self.logger.log_histogram(f"{key}_output", output, step)
+
+    def save_video(self, step: int) -> None:
+        """Writes the recorded episode, if one was, as an mp4 and, thinned to about 100 frames, for TensorBoard."""
+        if self.video.enabled:
+            self.video.save(f"{step}.mp4")
+            self.logger.log_video("eval/video", self.video.frames[:: math.ceil(len(self.video.frames) / 100)], step)
 
     def save(self, step: int) -> None:
         """Writes networks and replay, if asked for."""
