@@ -7,6 +7,7 @@ naively, a million transitions of 9 x 84 x 84 take 127 GB; with each frame kept 
 from __future__ import annotations
 
 import json
+import math
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -18,6 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prefetch import Prefetcher
+
+Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # obs, action, reward, next_obs, not_done
+_MAX_CHUNK = 10_000  # transitions in a file of `save`: small beside the buffer, whose copy it is in memory
 _FIELDS = ("frame_ids", "actions", "rewards", "not_dones")
 _INDEX = "replay.json"
 
@@ -39,6 +44,9 @@ class ReplayBuffer:
         device: where samples are put.
         seed: of the generator that draws them.
         frame_channels: C, channels of a single frame.
+        frames_device: where the frames lie, `device` or host memory; it changes nothing about what is drawn.
+        prefetch: gather the next batch while the last one is used. By default where that pays: if the frames lie in
+            host memory, which is pinned then, and samples go to a GPU.
 
     Raises:
         ValueError: stacks that are not made of whole frames, or a capacity below 1.
@@ -53,23 +61,20 @@ class ReplayBuffer:
         device: torch.device | str,
         seed: int = 0,
         frame_channels: int = 3,
+        frames_device: torch.device | str = "cpu",
+        prefetch: bool | None = None,
     ):
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1, got {capacity}")
-        pixels = len(obs_shape) == 3
-        if pixels and obs_shape[0] % frame_channels:
-            raise ValueError(f"{obs_shape[0]} channels are no whole number of frames of {frame_channels} channels")
         self.obs_shape = tuple(obs_shape)
         self.capacity = capacity
         self.batch_size = batch_size
         self.device = torch.device(device)
         self.generator = np.random.default_rng(seed)
-        # A state is a stack of one frame.
-        self.num_stacked = obs_shape[0] // frame_channels if pixels else 1
-        frame_shape = (frame_channels, *obs_shape[1:]) if pixels else self.obs_shape
-        num_frames = capacity + capacity // 64 + 2 * self.num_stacked
-
-        self.frames = torch.empty((num_frames, *frame_shape), dtype=torch.uint8 if pixels else torch.float32)
+        self.num_stacked, frames_shape, dtype = _frames_layout(self.obs_shape, capacity, frame_channels)
+        # Filled, so that the memory is taken now: what is not there must show at the start, not hours into the run.
+        self.frames = torch.empty(frames_shape, dtype=dtype, device=frames_device).zero_()
+        self.pinned = self.frames.device.type == "cpu" and self.device.type == "cuda" and _pin(self.frames)
         self.frame_ids = np.empty((capacity, 2 * self.num_stacked), dtype=np.int64)  # those of obs, then of next_obs
         self.actions = np.empty((capacity, *action_shape), dtype=np.float32)
         self.rewards = np.empty((capacity, 1), dtype=np.float32)
@@ -82,6 +87,9 @@ class ReplayBuffer:
         self.name = uuid.uuid4().hex  # tells this replay's files from another's
         self._chunks: list[_Chunk] = []  # what `save` has written and not deleted
         self._newest: list[tuple[int, np.ndarray]] = []  # the last next_obs: number and pixels of each frame
+        if prefetch is None:
+            prefetch = self.frames.device.type == "cpu" and self.device.type == "cuda"
+        self._prefetcher = Prefetcher(self) if prefetch else None
 
     def __len__(self) -> int:
         """Transitions that can be drawn."""
@@ -92,7 +100,15 @@ class ReplayBuffer:
         """Bytes of memory that the full buffer takes."""
         return self.frames.nbytes + sum(getattr(self, field).nbytes for field in _FIELDS)
 
-    def add(self, obs: np.ndarray, action: np.ndarray, reward: float, next_obs: np.ndarray, done: bool | float) -> None:
+    def add(
+        self,
+        obs: np.ndarray,
+        action: np.ndarray,
+        reward: float,
+        next_obs: np.ndarray,
+        done: bool | float,
+        new_episode: bool | None = None,
+    ) -> None:
         """Stores a transition.
 
         Args:
@@ -101,11 +117,12 @@ class ReplayBuffer:
             reward: summed over the action's repeats.
             next_obs: stack after it.
             done: whether the episode truly ended; a time limit is no such end.
+            new_episode: whether `obs` begins an episode; None looks whether it is the last `next_obs`.
 
         Raises:
             ValueError: an observation of another shape.
         """
-        obs_frames = self._store(self._split(obs), self._newest)
+        obs_frames = self._store(self._split(obs), [] if new_episode else self._newest)
         # Copied, because the next call compares with it and the caller may go on writing into the array.
         self._newest = self._store(self._split(next_obs).copy(), obs_frames[1:])
 
@@ -149,7 +166,7 @@ class ReplayBuffer:
         """Number of the oldest frame that a transition needs; it never falls from one transition to the next."""
         return int(self.frame_ids[transition % self.capacity].min())
 
-    def sample(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def sample(self) -> Batch:
         """Draws a batch uniformly, with replacement.
 
         Returns:
@@ -159,23 +176,42 @@ class ReplayBuffer:
         Raises:
             ValueError: nothing is stored yet.
         """
-        if not len(self):
+        if self._prefetcher is not None:
+            return self._prefetcher.sample()
+        return self.gather(self.draw(self.oldest, self.transitions_added))
+
+    def draw(self, oldest: int, end: int) -> np.ndarray:
+        """Numbers (B,) of transitions from `oldest` to before `end`, uniform and with replacement.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if oldest >= end:
             raise ValueError("cannot sample from an empty replay: add transitions first")
-        return self.gather(self.generator.integers(self.oldest, self.transitions_added, self.batch_size))
+        return self.generator.integers(oldest, end, self.batch_size)
 
-    def gather(self, transitions: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The named transitions, numbered since the start, as `sample` returns them."""
+    def gather(self, transitions: np.ndarray) -> Batch:
+        """The transitions of these numbers, counted since the start, as `sample` returns them."""
+        return self.join(self.fields(transitions), *(self.frames[slots] for slots in self.slots(transitions)))
+
+    def slots(self, transitions: np.ndarray) -> list[Tensor]:
+        """Places in the ring of frames, on its device, of the frames of obs and of next_obs, (B * k,) each."""
+        ids = torch.from_numpy(self.frame_ids[transitions % self.capacity] % len(self.frames))
+        return [half.flatten() for half in ids.to(self.frames.device, non_blocking=True).split(self.num_stacked, dim=1)]
+
+    def fields(self, transitions: np.ndarray) -> list[Tensor]:
+        """Action, reward and not_done of transitions, in host memory."""
         places = transitions % self.capacity
-        slots = torch.from_numpy(self.frame_ids[places] % len(self.frames))
+        return [torch.from_numpy(values[places]) for values in (self.actions, self.rewards, self.not_dones)]
 
-        def stacks(slots: Tensor) -> Tensor:
-            return self.frames[slots.flatten()].view(len(places), *self.obs_shape).to(self.device)
-
-        def field(values: np.ndarray) -> Tensor:
-            return torch.from_numpy(values[places]).to(self.device)
-
-        obs, next_obs = (stacks(half) for half in slots.split(self.num_stacked, dim=1))
-        return obs, field(self.actions), field(self.rewards), next_obs, field(self.not_dones)
+    def join(self, fields: list[Tensor], obs_frames: Tensor, next_obs_frames: Tensor) -> Batch:
+        """A batch on the samples' device from its fields and the frames (B * k, ...) of its stacks."""
+        action, reward, not_done = (field.to(self.device, non_blocking=True) for field in fields)
+        obs, next_obs = (
+            frames.view(-1, *self.obs_shape).to(self.device, non_blocking=True)
+            for frames in (obs_frames, next_obs_frames)
+        )
+        return obs, action, reward, next_obs, not_done
 
     def save(self, save_dir: str | Path) -> None:
         """Writes what was added since the last `save`: a chunk `START_END.pt`, then `replay.json`, which lists them.
@@ -193,34 +229,49 @@ class ReplayBuffer:
         last = self._chunks[-1] if self._chunks else _Chunk("", 0, 0)
         if last.end == self.transitions_added:
             return
-        start = max(last.end, self.oldest)
-        frames_start = max(last.frames_end, self.frames_added - len(self.frames))
-        chunk = _Chunk(f"{start}_{self.transitions_added}.pt", self.transitions_added, self.frames_added)
-        content = {
-            "replay": self.name,
-            "start": start,
-            "frames_start": frames_start,
-            "frames": self.frames[torch.arange(frames_start, self.frames_added) % len(self.frames)],
-        }
-        for field in _FIELDS:
-            places = np.arange(start, self.transitions_added) % self.capacity
-            content[field] = torch.from_numpy(getattr(self, field)[places])
-        write_atomically(index_path.with_name(chunk.name), lambda file: torch.save(content, file))
+        chunks = list(self._chunks)
+        for start in range(max(last.end, self.oldest), self.transitions_added, _MAX_CHUNK):
+            chunks.append(self._save_chunk(index_path.parent, start, chunks[-1].frames_end if chunks else 0))
 
         needed = self._first_frame(self.oldest)
-        kept = [c for c in [*self._chunks, chunk] if c.end > self.oldest or c.frames_end > needed]
+        kept = [chunk for chunk in chunks if chunk.end > self.oldest or chunk.frames_end > needed]
         index = {
             "replay": self.name,
             "capacity": self.capacity,
             "obs_shape": self.obs_shape,
             "oldest": self.oldest,
-            "generator": self.generator.bit_generator.state,
+            "generator": (self._prefetcher or self).generator_state(),
             "chunks": kept,
         }
         write_atomically(index_path, lambda file: file.write(json.dumps(index, indent=1).encode()))
         for overwritten in set(self._chunks) - set(kept):
             index_path.with_name(overwritten.name).unlink()
         self._chunks = kept
+
+    def _save_chunk(self, folder: Path, start: int, frames_start: int) -> _Chunk:
+        """Writes transitions from `start` on, with their frames from `frames_start` on that are still there."""
+        end = min(start + _MAX_CHUNK, self.transitions_added)
+        places = np.arange(start, end) % self.capacity
+        frames_start = max(frames_start, self.frames_added - len(self.frames))
+        frames_end = int(self.frame_ids[places[-1]].max()) + 1  # numbers only grow from one transition to the next
+        content = {
+            "replay": self.name,
+            "start": start,
+            "frames_start": frames_start,
+            "frames": self.frames[self._ring(frames_start, frames_end)].cpu(),
+        }
+        content |= {field: torch.from_numpy(getattr(self, field)[places]) for field in _FIELDS}
+        chunk = _Chunk(f"{start}_{end}.pt", end, frames_end)
+        write_atomically(folder / chunk.name, lambda file: torch.save(content, file))
+        return chunk
+
+    def _ring(self, start: int, end: int) -> Tensor:
+        """Places of the frames of these numbers."""
+        return torch.arange(start, end, device=self.frames.device) % len(self.frames)
+
+    def generator_state(self) -> dict[str, Any]:
+        """State of the generator that draws."""
+        return dict(self.generator.bit_generator.state)
 
     def load(self, save_dir: str | Path) -> None:
         """Restores what `save` wrote: contents, position, fullness, generator, and where the next `save` begins.
@@ -245,9 +296,8 @@ class ReplayBuffer:
                 content = torch.load(path, weights_only=True)
                 if content["replay"] != name:
                     raise ValueError("it belongs to another replay")
-                self.frames[torch.arange(content["frames_start"], chunk.frames_end) % len(self.frames)] = content[
-                    "frames"
-                ]
+                frames = content["frames"].to(self.frames.device)
+                self.frames[self._ring(content["frames_start"], chunk.frames_end)] = frames
                 for field in _FIELDS:
                     places = np.arange(content["start"], chunk.end) % self.capacity
                     getattr(self, field)[places] = content[field].numpy()
@@ -263,6 +313,39 @@ class ReplayBuffer:
         """Number and pixels of each frame of the last `next_obs`."""
         ids = self.frame_ids[(self.transitions_added - 1) % self.capacity, self.num_stacked :]
         return [(int(number), self.frames[number % len(self.frames)].cpu().numpy().copy()) for number in ids]
+
+
+def replay_bytes(
+    obs_shape: tuple[int, ...], action_shape: tuple[int, ...], capacity: int, frame_channels: int = 3
+) -> int:
+    """Bytes that a replay of this size takes, frames and all else."""
+    num_stacked, frames_shape, dtype = _frames_layout(obs_shape, capacity, frame_channels)
+    transition = 8 * 2 * num_stacked + 4 * math.prod(action_shape) + 4 + 4  # frame numbers, action, reward, not_done
+    return math.prod(frames_shape) * dtype.itemsize + transition * capacity
+
+
+def _frames_layout(
+    obs_shape: tuple[int, ...], capacity: int, frame_channels: int
+) -> tuple[int, tuple[int, ...], torch.dtype]:
+    """Frames in a stack, shape and type of the ring of frames."""
+    if len(obs_shape) == 3:
+        if obs_shape[0] % frame_channels:
+            raise ValueError(f"{obs_shape[0]} channels are no whole number of frames of {frame_channels} channels")
+        num_stacked = obs_shape[0] // frame_channels
+        frame: tuple[int, ...] = (frame_channels, *obs_shape[1:])
+        dtype = torch.uint8
+    else:  # a state is a stack of one frame
+        num_stacked, frame, dtype = 1, obs_shape, torch.float32
+    return num_stacked, (capacity + capacity // 64 + 2 * num_stacked, *frame), dtype
+
+
+def _pin(tensor: Tensor) -> bool:
+    """Locks a tensor's memory for copies by the GPU; whether that worked.
+
+    PyTorch's own `pin_memory` would round 21.6 GB up to a power of two (its host allocator caches blocks), so CUDA is
+    asked to register the memory as it is.
+    """
+    return int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)) == 0
 
 
 class _Chunk(NamedTuple):

@@ -21,6 +21,7 @@ from tqdm import tqdm
 import dmc2gym
 from encoder import conv_output_shape
 from logger import Logger, NonFiniteLossError
+from memory import place_replay
 from sac_ae import SacAeAgent
 from utils import FrameStack, ReplayBuffer, eval_mode, make_dir, set_seed_everywhere
 from video import VideoRecorder
@@ -87,6 +88,12 @@ def make_parser() -> OneLineParser:
 
     group = parser.add_argument_group("replay")
     group.add_argument("--replay_buffer_capacity", type=COUNT, default=1_000_000, help="transitions it holds at most")
+    group.add_argument(
+        "--replay_device",
+        choices=["auto", "cuda", "cpu"],
+        default="auto",
+        help="where frames lie: auto takes the GPU if they fit, else host memory",
+    )
 
     group = parser.add_argument_group("training (steps are decisions: environment steps / action_repeat)")
     group.add_argument("--agent", choices=["sac_ae"], default="sac_ae", help="the method")
@@ -277,17 +284,25 @@ class Run:
         self.work_dir = Path(args.work_dir)
         self.env = make_env(args, args.seed)
         self.eval_env = make_env(args, args.seed)  # reseeded at every episode
+        self.renderer = (
+            self.env.unwrapped.renderer if args.encoder_type == "pixel" or args.save_video else ("none", False)
+        )
         obs_shape = self.env.observation_space.shape
         action_shape = self.env.action_space.shape
         self.agent = make_agent(args, obs_shape, action_shape)
+        capacity, device = replay_capacity(args), torch.device(args.device)
+        frames_device = place_replay(args.replay_device, device, obs_shape, action_shape, capacity)
         self.replay = ReplayBuffer(
-            obs_shape, action_shape, replay_capacity(args), args.batch_size, args.device, seed=args.seed
+            obs_shape,
+            action_shape,
+            capacity,
+            args.batch_size,
+            device,
+            seed=args.seed,
+            frames_device=frames_device,
         )
         self.video = VideoRecorder(
             self.work_dir / "video" if args.save_video else None, camera_id=self.env.unwrapped.camera_id
-        )
-        self.renderer = (
-            self.env.unwrapped.renderer if args.encoder_type == "pixel" or args.save_video else ("none", False)
         )
 
     def describe(self) -> Iterator[str]:
@@ -307,10 +322,10 @@ class Run:
             yield "warning: this renderer is software on the CPU, about 25 ms a frame; a GPU needs its EGL driver"
         yield f"observation: {self.env.observation_space.shape} {self.env.observation_space.dtype}"
         yield f"action: {self.env.action_space.shape}"
-        size = self.replay.nbytes
-        yield f"replay: {size / 1e9:.2f} GB of host memory for {self.replay.capacity:,} transitions"
-        if size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-            yield "warning: that is more than this machine has; take a smaller --replay_buffer_capacity"
+        replay = self.replay
+        in_host = "in pinned host memory" if replay.pinned else "in host memory"
+        place = in_host if replay.frames.device.type == "cpu" else f"on {replay.frames.device}"
+        yield f"replay: {replay.nbytes / 1e9:.2f} GB {place} for {replay.capacity:,} transitions"
         for name in ("actor", "critic", "decoder"):
             network = getattr(self.agent, name)
             if network is not None:

@@ -154,6 +154,10 @@ class PlainReplay:
         self.added = 0
         self.generator = np.random.default_rng(seed)
 
+    @property
+    def nbytes(self):
+        return sum(field.nbytes for field in (self.obs, self.next_obs, self.action, self.reward, self.not_done))
+
     def add(self, obs, action, reward, next_obs, done):
         place = self.added % self.capacity
         self.obs[place] = obs

@@ -251,6 +251,11 @@ def test_a_bad_loss_stops_the_run(tmp_path, monkeypatch, capsys):
         ("--replay_buffer_capacity 127", "at least batch_size"),
         ("--num_train_steps 100", "at least batch_size"),
         ("--device cuda:77", "there is no device cuda:77 here"),
+        ("--replay_device cuda --device cpu", "replay_device cuda needs a GPU"),
+        (
+            "--replay_buffer_capacity 100000000 --num_train_steps 100000000",
+            "largest --replay_buffer_capacity that fits",
+        ),
         ("--device gpu", "there is no device gpu here"),
         ("--agent ddpg", "--agent: invalid choice: 'ddpg'"),
         ("--learning_rate 1", "unrecognized arguments: --learning_rate"),
@@ -339,7 +344,7 @@ def test_published_defaults():
         "encoder_lr": 1e-3, "encoder_tau": 0.05, "decoder_type": "pixel", "decoder_lr": 1e-3, "decoder_update_freq": 1,
         "decoder_latent_lambda": 1e-6, "decoder_weight_lambda": 1e-7, "num_layers": 4, "num_filters": 32,
         "discount": 0.99, "init_temperature": 0.1, "alpha_lr": 1e-4, "alpha_beta": 0.5, "seed": 1,
-        "work_dir": "./log", "save_tb": False, "save_model": False, "save_buffer": False, "save_video": False,
+        "work_dir": "./log", "replay_device": "auto", "save_tb": False, "save_model": False, "save_buffer": False, "save_video": False,
         "domain_name": "cheetah", "task_name": "run", "agent": "sac_ae",
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }  # fmt: skip
