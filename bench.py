@@ -15,7 +15,7 @@ import torch
 from utils import ReplayBuffer
 
 sys.path.insert(0, str(Path(__file__).parent / "tests"))
-from plain import PlainReplay  # noqa: E402  # the tests' plain form of everything
+from plain import PlainReplay  # the tests' plain form of everything
 
 OBS_SHAPE, ACTION_SHAPE, BATCH_SIZE = (9, 84, 84), (6,), 128
 EPISODE_LENGTH = 250  # decisions, at an action repeat of 4
@@ -74,9 +74,8 @@ def bench_replay(capacity: int, batches: int) -> None:
     *_, naive = storages
     for name, storage in storages.items():
         size, batch = storage.nbytes / storages[naive].nbytes, np.median(samples[name]) / np.median(samples[naive])
-        print(
-            f"| {name} | {storage.nbytes:,} | {size:.3f} | {spread(adds[name])} | {spread(samples[name])} | {batch:.2f} |"
-        )
+        times = f"{spread(adds[name])} | {spread(samples[name])} | {batch:.2f}"
+        print(f"| {name} | {storage.nbytes:,} | {size:.3f} | {times} |")
 
 
 def device_name(device: torch.device) -> str:

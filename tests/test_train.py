@@ -217,7 +217,8 @@ class PoisonedEnv(BarEnv):
 
 def test_a_bad_loss_stops_the_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "make_env", lambda args, seed: FrameStack(PoisonedEnv(), 3))
-    flags = "--num_layers 2 --num_filters 2 --hidden_dim 8 --batch_size 4 --image_size 24 --init_steps 30 --device cpu"
+    flags = "--num_layers 2 --num_filters 2 --hidden_dim 8 --batch_size 4 --image_size 24 --init_steps 30"
+    flags += " --num_train_steps 100 --device cpu"
     assert train.main([*flags.split(), "--work_dir", str(tmp_path / "log")]) == 1
     error = capsys.readouterr().err
     assert error == "train.py: error: train_critic/loss became nan at step 30: the run has diverged\n"
@@ -253,7 +254,7 @@ def test_a_bad_loss_stops_the_run(tmp_path, monkeypatch, capsys):
         ("--device cuda:77", "there is no device cuda:77 here"),
         ("--replay_device cuda --device cpu", "replay_device cuda needs a GPU"),
         (
-            "--replay_buffer_capacity 100000000 --num_train_steps 100000000",
+            "--replay_buffer_capacity 99999999 --num_train_steps 99999999",
             "largest --replay_buffer_capacity that fits",
         ),
         ("--device gpu", "there is no device gpu here"),
@@ -344,7 +345,8 @@ def test_published_defaults():
         "encoder_lr": 1e-3, "encoder_tau": 0.05, "decoder_type": "pixel", "decoder_lr": 1e-3, "decoder_update_freq": 1,
         "decoder_latent_lambda": 1e-6, "decoder_weight_lambda": 1e-7, "num_layers": 4, "num_filters": 32,
         "discount": 0.99, "init_temperature": 0.1, "alpha_lr": 1e-4, "alpha_beta": 0.5, "seed": 1,
-        "work_dir": "./log", "replay_device": "auto", "save_tb": False, "save_model": False, "save_buffer": False, "save_video": False,
+        "work_dir": "./log", "replay_device": "auto",
+        "save_tb": False, "save_model": False, "save_buffer": False, "save_video": False,
         "domain_name": "cheetah", "task_name": "run", "agent": "sac_ae",
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }  # fmt: skip
