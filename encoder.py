@@ -68,7 +68,10 @@ class PixelEncoder(nn.Module):
 
         With `detach` no gradient reaches the convolutions: the actor's loss must not train them (paper, section 5.2).
         """
-        hidden = self.forward_conv(obs)
+        return self.forward_head(self.forward_conv(obs), detach)
+
+    def forward_head(self, hidden: Tensor, detach: bool = False) -> Tensor:
+        """The rest of `forward`, from the output (B, flat) of `forward_conv`."""
         if detach:
             hidden = hidden.detach()
         return torch.tanh(self.ln(self.fc(hidden)))
@@ -90,6 +93,14 @@ class IdentityEncoder(nn.Module):
         if len(obs_shape) != 1:
             raise ValueError(f"the identity encoder takes state vectors, got observations of shape {obs_shape}")
         self.feature_dim = obs_shape[0]
+
+    def forward_conv(self, obs: Tensor) -> Tensor:
+        """States (B, D), as they are."""
+        return obs
+
+    def forward_head(self, hidden: Tensor, detach: bool = False) -> Tensor:
+        """States (B, D), as they are."""
+        return hidden
 
     def forward(self, obs: Tensor, detach: bool = False) -> Tensor:
         """States (B, D), as they are."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -108,7 +108,13 @@ class Actor(nn.Module):
         The sample and its log probability are None where they were not asked for. A sample draws its noise from one
         `torch.randn_like` of shape (B, A).
         """
-        mu, raw_log_std = self.trunk(self.encoder(obs, detach=detach_encoder)).chunk(2, dim=-1)
+        return self.policy(self.encoder(obs, detach=detach_encoder), compute_pi, compute_log_pi)
+
+    def policy(
+        self, feature: Tensor, compute_pi: bool = True, compute_log_pi: bool = True
+    ) -> tuple[Tensor, Any, Any, Tensor]:
+        """What `forward` returns, from features (B, D)."""
+        mu, raw_log_std = self.trunk(feature).chunk(2, dim=-1)
         # A smooth bound instead of a clamp: the gradient never vanishes altogether.
         log_std = self.log_std_min + 0.5 * (self.log_std_max - self.log_std_min) * (torch.tanh(raw_log_std) + 1)
         pi = log_pi = None
@@ -154,7 +160,10 @@ class Critic(nn.Module):
 
     def forward(self, obs: Tensor, action: Tensor, detach_encoder: bool = False) -> tuple[Tensor, Tensor]:
         """Both values, (B, 1) each."""
-        feature = self.encoder(obs, detach=detach_encoder)
+        return self.values(self.encoder(obs, detach=detach_encoder), action)
+
+    def values(self, feature: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """What `forward` returns, from features (B, D)."""
         return self.Q1(feature, action), self.Q2(feature, action)
 
 
@@ -223,20 +232,18 @@ class SacAeAgent:
         self.log_alpha = torch.tensor(math.log(init_temperature), dtype=torch.float64, device=self.device)
         self.log_alpha.requires_grad_()
 
-        def adam(
-            params: Iterator[nn.Parameter] | list[Tensor], lr: float, beta: float, **kwargs: Any
-        ) -> torch.optim.Adam:
-            return torch.optim.Adam(params, lr=lr, betas=(beta, 0.999), **kwargs)
+        def adam(params: Iterable[Tensor], lr: float, beta: float, weight_decay: float = 0) -> torch.optim.Adam:
+            return torch.optim.Adam(params, lr, (beta, 0.999), weight_decay=weight_decay, fused=True)
 
-        self.actor_optimizer = adam(self.actor.parameters(), actor_lr, actor_beta)
+        shared = {id(parameter) for parameter in self.critic.parameters()}
+        self.actor_parameters = [parameter for parameter in self.actor.parameters() if id(parameter) not in shared]
+        self.actor_optimizer = adam(self.actor_parameters, actor_lr, actor_beta)
         self.critic_optimizer = adam(self.critic.parameters(), critic_lr, critic_beta)
         self.log_alpha_optimizer = adam([self.log_alpha], alpha_lr, alpha_beta)
         if self.decoder is not None:
             self.decoder.to(self.device).apply(weight_init)
             self.encoder_optimizer = adam(self.critic.encoder.parameters(), encoder_lr, 0.9)
-            self.decoder_optimizer = adam(
-                self.decoder.parameters(), decoder_lr, 0.9, weight_decay=decoder_weight_lambda
-            )
+            self.decoder_optimizer = adam(self.decoder.parameters(), decoder_lr, 0.9, decoder_weight_lambda)
         self.train()
 
     def train(self, training: bool = True) -> None:
@@ -286,13 +293,19 @@ class SacAeAgent:
         """
         obs, action, reward, next_obs, not_done = (self._floating(field) for field in replay_buffer.sample())
         metrics = {"train/batch_reward": reward.mean()}
+        actor_due = step % self.actor_update_freq == 0
+        decoder_due = self.decoder is not None and step % self.decoder_update_freq == 0
         metrics |= self.update_critic(obs, action, reward, next_obs, not_done)
-        if step % self.actor_update_freq == 0:
-            metrics |= self.update_actor_and_alpha(obs)
+        if actor_due or decoder_due:
+            # With the critic's new weights, once for the actor, for its critic and for the decoder.
+            with torch.set_grad_enabled(decoder_due):
+                hidden = self.critic.encoder.forward_conv(obs)
+        if actor_due:
+            metrics |= self.update_actor_and_alpha(obs, hidden)
         if step % self.critic_target_update_freq == 0:
             self.update_target()
-        if self.decoder is not None and step % self.decoder_update_freq == 0:
-            metrics |= self.update_decoder(obs)
+        if decoder_due:
+            metrics |= self.update_decoder(obs, hidden)
         for key, value in metrics.items():
             L.log(key, value, step)
         return metrics
@@ -315,17 +328,20 @@ class SacAeAgent:
         self.critic_optimizer.step()
         return {"train_critic/loss": loss.detach()}
 
-    def update_actor_and_alpha(self, obs: Tensor) -> Metrics:
+    def update_actor_and_alpha(self, obs: Tensor, hidden: Tensor | None = None) -> Metrics:
         """Policy loss (paper, equation 3) and temperature loss (SAC, arXiv 1812.05905, equation 18).
 
-        obs (B, ...) in the networks' dtype. Gradients stop after the convolutions.
+        obs (B, ...) in the networks' dtype; hidden is what the convolutions make of it, if that is known already.
+        Gradients stop after the convolutions.
         """
-        _, pi, log_pi, log_std = self.actor(obs, detach_encoder=True)
-        q = torch.min(*self.critic(obs, pi, detach_encoder=True))
+        if hidden is None:
+            hidden = self.critic.encoder.forward_conv(obs)
+        _, pi, log_pi, log_std = self.actor.policy(self.actor.encoder.forward_head(hidden, detach=True))
+        q = torch.min(*self.critic.values(self.critic.encoder.forward_head(hidden, detach=True), pi))
         loss = (self.alpha.detach() * log_pi - q).mean()
 
         self.actor_optimizer.zero_grad()
-        loss.backward()
+        loss.backward(inputs=self.actor_parameters)  # and not the critic's, through which it passes
         self.actor_optimizer.step()
 
         alpha_loss = (self.alpha * (-log_pi - self.target_entropy).detach()).mean()
@@ -343,18 +359,23 @@ class SacAeAgent:
 
     def update_target(self) -> None:
         """Moves the target critic towards the critic, its encoder faster than its Q functions."""
-        soft_update_params(self.critic.Q1, self.critic_target.Q1, self.critic_tau)
-        soft_update_params(self.critic.Q2, self.critic_target.Q2, self.critic_tau)
+        q_functions, target_q_functions = (
+            nn.ModuleList([critic.Q1, critic.Q2]) for critic in (self.critic, self.critic_target)
+        )
+        soft_update_params(q_functions, target_q_functions, self.critic_tau)
         soft_update_params(self.critic.encoder, self.critic_target.encoder, self.encoder_tau)
 
-    def update_decoder(self, obs: Tensor) -> Metrics:
+    def update_decoder(self, obs: Tensor, hidden: Tensor | None = None) -> Metrics:
         """Reconstruction loss of a deterministic regularised autoencoder (paper, equation 4).
 
-        obs (B, C, H, W), 0..255 in the networks' dtype. Trains the decoder and the whole of the critic's encoder.
+        obs (B, C, H, W), 0..255 in the networks' dtype; hidden is what the convolutions make of it, if that is known
+        already. Trains the decoder and the whole of the critic's encoder.
         """
         if self.decoder is None:
             raise RuntimeError("there is no decoder to update: this agent was made with decoder_type identity")
-        feature = self.critic.encoder(obs)
+        if hidden is None:
+            hidden = self.critic.encoder.forward_conv(obs)
+        feature = self.critic.encoder.forward_head(hidden)
         reconstruction = self.decoder(feature)
         latent_loss = 0.5 * feature.pow(2).sum(1).mean()
         loss = F.mse_loss(reconstruction, preprocess_obs(obs)) + self.decoder_latent_lambda * latent_loss
