@@ -19,7 +19,7 @@ demo: $(VENV)/installed
 	@echo "Now look at it: $(VENV)/bin/tensorboard --logdir demo_log"
 
 test: $(VENV)/installed-dev
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff format --check .

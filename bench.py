@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from utils import ReplayBuffer
@@ -78,6 +79,18 @@ def bench_replay(capacity: int, batches: int) -> None:
         print(f"| {name} | {storage.nbytes:,} | {size:.3f} | {times} |")
 
 
+def bench_fill(capacity: int) -> None:
+    """Fills a replay in host memory and prints what the whole process then takes."""
+    before = psutil.Process().memory_info().rss
+    replay = ReplayBuffer(OBS_SHAPE, ACTION_SHAPE, capacity, BATCH_SIZE, "cpu")
+    allocated = psutil.Process().memory_info().rss
+    for transition in transitions(capacity):
+        replay.add(*transition)
+    filled = psutil.Process().memory_info().rss
+    print(f"{len(replay):,} transitions of {OBS_SHAPE} stored; the buffer counts {replay.nbytes / 1e9:.3f} GB")
+    print(f"resident: {before / 1e9:.3f} GB before, {allocated / 1e9:.3f} GB allocated, {filled / 1e9:.3f} GB filled")
+
+
 def device_name(device: torch.device) -> str:
     """The GPU's name, or the number of threads on the CPU."""
     return (
@@ -92,8 +105,12 @@ def main() -> None:
     replay = commands.add_parser("replay", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     replay.add_argument("--capacity", type=int, default=10_000, help="transitions")
     replay.add_argument("--batches", type=int, default=200, help="samples of each kind")
+    replay.add_argument("--fill", action="store_true", help="only fill it, and print the memory it takes")
     args = parser.parse_args()
-    bench_replay(args.capacity, args.batches)
+    if args.fill:
+        bench_fill(args.capacity)
+    else:
+        bench_replay(args.capacity, args.batches)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,8 @@ class ReplayBuffer:
         self.transitions_added = 0
         self.oldest = 0  # the first transition that is still whole
         self.name = uuid.uuid4().hex  # tells this replay's files from another's
-        self._chunks: list[_Chunk] = []  # what `save` has written and not deleted
+        self._folder: Path | None = None  # where `save` or `load` was last
+        self._chunks: list[_Chunk] = []  # and what lies there
         self._newest: list[tuple[int, np.ndarray]] = []  # the last next_obs: number and pixels of each frame
         if prefetch is None:
             prefetch = self.frames.device.type == "cpu" and self.device.type == "cuda"
@@ -192,7 +193,9 @@ class ReplayBuffer:
 
     def gather(self, transitions: np.ndarray) -> Batch:
         """The transitions of these numbers, counted since the start, as `sample` returns them."""
-        return self.join(self.fields(transitions), *(self.frames[slots] for slots in self.slots(transitions)))
+        # index_select copies frame by frame; indexing by brackets goes byte by byte, seven times slower on a CPU.
+        obs_frames, next_obs_frames = (self.frames.index_select(0, slots) for slots in self.slots(transitions))
+        return self.join(self.fields(transitions), obs_frames, next_obs_frames)
 
     def slots(self, transitions: np.ndarray) -> list[Tensor]:
         """Places in the ring of frames, on its device, of the frames of obs and of next_obs, (B * k,) each."""
@@ -224,13 +227,15 @@ class ReplayBuffer:
         """
         index_path = Path(save_dir) / _INDEX
         index_path.parent.mkdir(parents=True, exist_ok=True)
-        if not self._chunks and index_path.exists():
-            raise FileExistsError(f"{index_path} belongs to another replay: save to an empty folder")
-        last = self._chunks[-1] if self._chunks else _Chunk("", 0, 0)
-        if last.end == self.transitions_added:
+        if self._folder != index_path.parent:
+            if index_path.exists():
+                raise FileExistsError(f"{index_path} belongs to another replay: save to an empty folder")
+            self._folder, self._chunks = index_path.parent, []
+        if not self.transitions_added:
             return
         chunks = list(self._chunks)
-        for start in range(max(last.end, self.oldest), self.transitions_added, _MAX_CHUNK):
+        unsaved = max(chunks[-1].end if chunks else 0, self.oldest)
+        for start in range(unsaved, self.transitions_added, _MAX_CHUNK):
             chunks.append(self._save_chunk(index_path.parent, start, chunks[-1].frames_end if chunks else 0))
 
         needed = self._first_frame(self.oldest)
@@ -245,7 +250,7 @@ class ReplayBuffer:
         }
         write_atomically(index_path, lambda file: file.write(json.dumps(index, indent=1).encode()))
         for overwritten in set(self._chunks) - set(kept):
-            index_path.with_name(overwritten.name).unlink()
+            index_path.with_name(overwritten.name).unlink(missing_ok=True)
         self._chunks = kept
 
     def _save_chunk(self, folder: Path, start: int, frames_start: int) -> _Chunk:
@@ -258,7 +263,7 @@ class ReplayBuffer:
             "replay": self.name,
             "start": start,
             "frames_start": frames_start,
-            "frames": self.frames[self._ring(frames_start, frames_end)].cpu(),
+            "frames": self.frames.index_select(0, self._ring(frames_start, frames_end)).cpu(),
         }
         content |= {field: torch.from_numpy(getattr(self, field)[places]) for field in _FIELDS}
         chunk = _Chunk(f"{start}_{end}.pt", end, frames_end)
@@ -306,7 +311,7 @@ class ReplayBuffer:
         self.oldest = oldest
         self.transitions_added = chunks[-1].end
         self.frames_added = chunks[-1].frames_end
-        self._chunks = chunks
+        self._chunks, self._folder = chunks, index_path.parent
         self._newest = self._newest_stack()
 
     def _newest_stack(self) -> list[tuple[int, np.ndarray]]:

@@ -24,7 +24,8 @@ renders() {
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 ..." >&2; exit 1; }
-"$python" -c 'import ensurepip' 2>/dev/null || install python3-venv
+"$python" -c 'import ensurepip' 2>/dev/null ||
+    install "$("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')"
 "$python" -m venv "$venv"
 echo "installing $requirements into $venv: some minutes, and several GB where PyTorch comes with CUDA"
 "$venv/bin/python" -m pip install --quiet -r "$requirements"

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
+if __name__ == "__main__":
+    # Until training begins there is nothing to clean up: an interrupt just ends the program, imports included.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+# PyTorch's threads (libgomp) spin for milliseconds while they wait for each other. On a busy machine that doubles the
+# time of an update; a shorter spin costs nothing on an idle one. Read when torch is imported.
+# https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import argparse
 import difflib
+import inspect
 import json
 import math
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -48,16 +60,19 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
-def number(kind: type, low: float, high: float = math.inf, exclusive: bool = False) -> Callable[[str], Any]:
+LARGEST = 2**63 - 1  # what the libraries' counters hold
+
+
+def number(kind: type, low: float, high: float = LARGEST, exclusive: bool = False) -> Callable[[str], Any]:
     """An argparse type: a finite number from `low` to `high`, without `low` itself where `exclusive`."""
 
     def convert(text: str) -> Any:
         value = kind(text)
-        if not math.isfinite(value) or not low <= value <= high or (exclusive and value == low):
-            bounds = f"{'above' if exclusive else 'at least'} {low}" + (
-                f" and at most {high}" if high < math.inf else ""
-            )
-            raise argparse.ArgumentTypeError(f"must be {bounds}, got {text}")
+        if not low <= value <= high or (exclusive and value == low) or value in (math.inf, -math.inf):
+            bounds = [f"{'above' if exclusive else 'at least'} {low}"] if low > -math.inf else []
+            bounds += [f"at most {high}"] if high < LARGEST else []
+            shown = text if len(text) < 30 else f"{text[:30]}..."
+            raise argparse.ArgumentTypeError(f"must be {' and '.join(bounds) or 'a finite number'}, got {shown}")
         return value
 
     convert.__name__ = kind.__name__  # argparse names it where the text is no number
@@ -69,7 +84,7 @@ RATE = number(float, 0, exclusive=True)  # learning rates, temperature
 BETA = number(float, 0, 0.9999999)  # of Adam: below 1
 FRACTION = number(float, 0, 1)
 WEIGHT = number(float, 0)
-ANY = number(float, -math.inf)
+ANY = number(float, -math.inf, math.inf)
 
 
 def make_parser() -> OneLineParser:
@@ -83,8 +98,13 @@ def make_parser() -> OneLineParser:
     group.add_argument("--domain_name", default="cheetah", help="domain of the Control Suite")
     group.add_argument("--task_name", default="run", help="task of the domain")
     group.add_argument("--image_size", type=COUNT, default=84, help="height and width of observed pixels, even")
-    group.add_argument("--action_repeat", type=COUNT, default=1, help="environment steps a decision lasts")
-    group.add_argument("--frame_stack", type=COUNT, default=3, help="frames in an observation")
+    group.add_argument(
+        "--action_repeat",
+        type=number(int, 1, EPISODE_LENGTH),
+        default=1,
+        help="environment steps a decision lasts",
+    )
+    group.add_argument("--frame_stack", type=number(int, 1, 100), default=3, help="frames in an observation")
 
     group = parser.add_argument_group("replay")
     group.add_argument("--replay_buffer_capacity", type=COUNT, default=1_000_000, help="transitions it holds at most")
@@ -169,38 +189,43 @@ def check(args: argparse.Namespace) -> None:
         conv_output_shape(args.image_size, args.image_size, args.num_layers)
     elif args.decoder_type == "pixel":
         raise ValueError("decoder_type pixel needs encoder_type pixel: states are not reconstructed")
-    if replay_capacity(args) < args.batch_size:
-        raise ValueError(
-            f"replay_buffer_capacity and num_train_steps must be at least batch_size, got "
-            f"{args.replay_buffer_capacity}, {args.num_train_steps} and {args.batch_size}"
-        )
+    if args.replay_buffer_capacity < args.batch_size:
+        raise ValueError(f"replay_buffer_capacity must be at least batch_size, {args.batch_size}")
     if args.actor_log_std_min >= args.actor_log_std_max:
         raise ValueError("actor_log_std_min must be below actor_log_std_max")
     check_device(args.device)
-    check_work_dir(Path(args.work_dir))
+    check_work_dir(args.work_dir)
     if args.save_video:
         check_ffmpeg()
 
 
 def check_device(name: str) -> None:
-    """Raises ValueError unless a tensor can be put on the device."""
+    """Raises ValueError unless the networks can be put on the device."""
     try:
+        if torch.device(name).type not in ("cpu", "cuda"):
+            raise ValueError("neither cpu nor cuda")
         torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (ValueError, RuntimeError, AssertionError) as error:
         there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-        raise ValueError(f"there is no device {name} here, but {', '.join(there)}") from error
+        raise ValueError(f"there is no device {name} here; choose {' or '.join(there)}") from error
 
 
-def check_work_dir(work_dir: Path) -> None:
+def check_work_dir(name: str) -> None:
     """Raises ValueError if the folder holds a run or cannot be written."""
-    held = [name for name in RUN_FILES if (work_dir / name).exists()]
+    work_dir = Path(name)
+    if not name:
+        raise ValueError("work_dir is empty: name a folder")
+    try:
+        held = [file for file in RUN_FILES if (work_dir / file).exists()]
+        existing = next(path for path in (work_dir, *work_dir.absolute().parents) if path.exists() or path.is_symlink())
+    except OSError as error:
+        raise ValueError(f"work_dir {name[:100]} cannot be used: {error.strerror}") from error
     if held:
-        raise ValueError(
-            f"work_dir {work_dir} holds a run already ({', '.join(held)}): choose another, or move it away"
-        )
-    existing = next(path for path in (work_dir, *work_dir.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"work_dir {work_dir} cannot be written: choose another")
+        raise ValueError(f"work_dir {name} holds a run already ({', '.join(held)}): choose another, or move it away")
+    if not existing.is_dir():
+        raise ValueError(f"work_dir {name} cannot be made: {existing} is no folder")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"work_dir {name} cannot be written: choose another")
 
 
 def check_ffmpeg() -> None:
@@ -235,43 +260,16 @@ def replay_capacity(args: argparse.Namespace) -> int:
 
 
 def make_agent(args: argparse.Namespace, obs_shape: tuple[int, ...], action_shape: tuple[int, ...]) -> SacAeAgent:
-    """An agent with the flags of its name."""
-    return SacAeAgent(
-        obs_shape,
-        action_shape,
-        args.device,
-        hidden_dim=args.hidden_dim,
-        discount=args.discount,
-        init_temperature=args.init_temperature,
-        alpha_lr=args.alpha_lr,
-        alpha_beta=args.alpha_beta,
-        actor_lr=args.actor_lr,
-        actor_beta=args.actor_beta,
-        actor_log_std_min=args.actor_log_std_min,
-        actor_log_std_max=args.actor_log_std_max,
-        actor_update_freq=args.actor_update_freq,
-        critic_lr=args.critic_lr,
-        critic_beta=args.critic_beta,
-        critic_tau=args.critic_tau,
-        critic_target_update_freq=args.critic_target_update_freq,
-        encoder_type=args.encoder_type,
-        encoder_feature_dim=args.encoder_feature_dim,
-        encoder_lr=args.encoder_lr,
-        encoder_tau=args.encoder_tau,
-        decoder_type=args.decoder_type,
-        decoder_lr=args.decoder_lr,
-        decoder_update_freq=args.decoder_update_freq,
-        decoder_latent_lambda=args.decoder_latent_lambda,
-        decoder_weight_lambda=args.decoder_weight_lambda,
-        num_layers=args.num_layers,
-        num_filters=args.num_filters,
-    )
+    """An agent whose keywords are the flags of the same names."""
+    keywords = set(inspect.signature(SacAeAgent).parameters) - {"device"}
+    flags = {name: value for name, value in vars(args).items() if name in keywords}
+    return SacAeAgent(obs_shape, action_shape, args.device, **flags)
 
 
 class Run:
     """A training run: environments, agent, replay and logs, wired into one loop.
 
-    Making one writes nothing; `train` does.
+    Making one writes nothing; `open` and `train` do.
 
     Raises:
         ValueError, dmc2gym.RendererError: what is asked for cannot be had; the message is one for the user.
@@ -284,9 +282,11 @@ class Run:
         self.work_dir = Path(args.work_dir)
         self.env = make_env(args, args.seed)
         self.eval_env = make_env(args, args.seed)  # reseeded at every episode
-        self.renderer = (
-            self.env.unwrapped.renderer if args.encoder_type == "pixel" or args.save_video else ("none", False)
-        )
+        self.renderer = ("none", False)
+        if args.encoder_type == "pixel" or args.save_video:
+            for env in (self.env, self.eval_env):
+                env.unwrapped.render()  # whatever cannot be drawn must show before anything is written
+            self.renderer = self.env.unwrapped.renderer
         obs_shape = self.env.observation_space.shape
         action_shape = self.env.action_space.shape
         self.agent = make_agent(args, obs_shape, action_shape)
@@ -301,8 +301,10 @@ class Run:
             seed=args.seed,
             frames_device=frames_device,
         )
+        # TensorBoard shows videos, too; but a run on states shall not need a renderer for that.
+        recorded = args.save_video or (args.save_tb and args.encoder_type == "pixel")
         self.video = VideoRecorder(
-            self.work_dir / "video" if args.save_video else None, camera_id=self.env.unwrapped.camera_id
+            self.work_dir / "video" if recorded else None, camera_id=self.env.unwrapped.camera_id
         )
 
     def describe(self) -> Iterator[str]:
@@ -315,7 +317,11 @@ class Run:
         name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else f" ({os.cpu_count()} cores)"
         yield f"device: {args.device}{name}"
         if device.type == "cpu" and args.encoder_type == "pixel":
-            yield "note: without a GPU expect about one update a second; `make demo` shows everything in minutes"
+            days = args.num_train_steps / 86400
+            yield (
+                f"note: without a GPU expect about one update a second, {days:.1f} days for this run; "
+                "`make demo` shows everything in minutes"
+            )
         renderer, software = self.renderer
         yield f"renderer: {renderer}"
         if software:
@@ -330,9 +336,23 @@ class Run:
             network = getattr(self.agent, name)
             if network is not None:
                 yield f"{name}: {sum(parameter.numel() for parameter in network.parameters()):,} parameters"
+        if args.num_train_steps <= args.init_steps:
+            yield "note: nothing will be learned: num_train_steps does not exceed init_steps"
+        else:
+            yield f"first an evaluation, {args.init_steps:,} random decisions, then as many updates at once"
+
+    def open(self) -> None:
+        """Makes the run's folder and its logs.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        make_dir(self.work_dir)
+        (self.work_dir / "args.json").write_text(json.dumps(vars(self.args), indent=4, sort_keys=True) + "\n")
+        self.logger = Logger(self.work_dir, use_tb=self.args.save_tb)
 
     def train(self) -> None:
-        """Runs the loop.
+        """Runs the loop of a run that is open.
 
         The order is the method's: the action is chosen, then the update runs, then the environment steps, so that the
         newest transition is not yet in the batch.
@@ -341,9 +361,6 @@ class Run:
             NonFiniteLossError: a loss became NaN or infinite.
         """
         args = self.args
-        make_dir(self.work_dir)
-        (self.work_dir / "args.json").write_text(json.dumps(vars(args), indent=4, sort_keys=True) + "\n")
-        self.logger = Logger(self.work_dir, use_tb=args.save_tb)
         self.evaluate(step=0)
         next_eval = args.eval_freq
 
@@ -353,8 +370,8 @@ class Run:
             action = self.act(obs, step)
             if step >= args.init_steps:
                 # The first time, one update for each of the random decisions, all of them at this very step.
-                num_updates = args.init_steps if step == args.init_steps else 1
-                for _ in progress(num_updates, "first updates"):
+                first = progress(args.init_steps, "first updates")
+                for _ in first if step == args.init_steps else range(1):
                     self.agent.update(self.replay, self.logger, step)
             next_obs, reward, terminated, truncated, _ = self.env.step(action)
             # A time limit is no end of the task: the target bootstraps through it.
@@ -369,9 +386,9 @@ class Run:
                 if decisions >= next_eval:
                     self.evaluate(decisions)
                     next_eval = (decisions // args.eval_freq + 1) * args.eval_freq
+                episode, episode_start, episode_reward, start_time = episode + 1, decisions, 0.0, time.perf_counter()
                 obs, _ = self.env.reset()
-                episode, episode_start, episode_reward = episode + 1, decisions, 0.0
-                start_time = time.perf_counter()
+        self.logger.check_losses()  # of the last episode, if it was cut short
         self.save(args.num_train_steps)
 
     def act(self, obs: np.ndarray, step: int) -> np.ndarray:
@@ -379,9 +396,13 @@ class Run:
         if step < self.args.init_steps:
             return self.env.action_space.sample()
         with eval_mode(self.agent):
-            action = self.agent.sample_action(obs)
+            return self.finite(self.agent.sample_action(obs), step)
+
+    def finite(self, action: np.ndarray, step: int) -> np.ndarray:
+        """The action, if it is one; else NonFiniteLossError, if possible with the name of the loss that diverged."""
         if not np.isfinite(action).all():
-            self.logger.check_losses()  # names the loss that diverged
+            self.logger.check_losses()
+            raise NonFiniteLossError(f"the policy's action became {action} at step {step}: the run has diverged")
         return action
 
     def log_episode(self, step: int, episode: int, reward: float, decisions: int, duration: float) -> None:
@@ -399,16 +420,14 @@ class Run:
         start_time, decisions = time.perf_counter(), 0
         for episode in progress(args.num_eval_episodes, "evaluation"):
             self.video.init(enabled=episode == 0)
-            # A function of these three numbers and of nothing that has happened before.
-            seed = int(np.random.SeedSequence((args.seed, step, episode)).generate_state(1)[0])
-            obs, _ = env.reset(seed=seed)
+            obs, _ = env.reset(seed=self.evaluation_seed(step, episode))
             self.video.record(env)
             done, episode_reward = False, 0.0
             while not done:
-                if episode == 0:
+                if args.save_tb and episode == 0:
                     seen.append(obs)
                 with eval_mode(self.agent):
-                    action = self.agent.select_action(obs)
+                    action = self.finite(self.agent.select_action(obs), step)
                 obs, reward, terminated, truncated, _ = env.step(action)
                 self.video.record(env)
                 done = terminated or truncated
@@ -453,11 +472,17 @@ class Run:
     def _log_activation(self, key: str, step: int) -> Callable[..., None]:
         return lambda _layer, _inputs, output: self.logger.log_histogram(f"{key}_output", output, step)
 
+    def evaluation_seed(self, step: int, episode: int) -> int:
+        """Seed of an evaluation's episode: it depends on nothing that has happened in the run."""
+        return int(np.random.SeedSequence((self.args.seed, step, episode)).generate_state(1)[0])
+
     def save_video(self, step: int) -> None:
         """Writes the recorded episode, if one was, as an mp4 and, thinned to about 100 frames, for TensorBoard."""
         if self.video.enabled:
-            self.video.save(f"{step}.mp4")
+            if self.args.save_video:
+                self.video.save(f"{step}.mp4")
             self.logger.log_video("eval/video", self.video.frames[:: math.ceil(len(self.video.frames) / 100)], step)
+            self.video.init(enabled=False)  # lets go of the frames
 
     def save(self, step: int) -> None:
         """Writes networks and replay, if asked for."""
@@ -470,13 +495,12 @@ class Run:
         """Frees environments and logs."""
         self.env.close()
         self.eval_env.close()
-        if hasattr(self, "logger"):
-            self.logger.close()
+        self.logger.close()
 
 
-def progress(count: int, name: str) -> Iterator[int]:
-    """Counts, with a bar on stderr if that is a terminal and the bar is gone before a line is printed."""
-    return iter(tqdm(range(count), desc=name, leave=False, disable=True if count == 1 else None))
+def progress(count: int, name: str) -> Iterable[int]:
+    """Counts, with a bar on stderr if that is a terminal; the bar is gone before a line is printed."""
+    return tqdm(range(count), desc=name, leave=False, disable=None)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -485,13 +509,18 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         run = Run(args)
-    except (ValueError, dmc2gym.RendererError) as error:
+        run.open()
+    except (ValueError, RuntimeError, MemoryError, OSError) as error:  # of the last three many are the libraries'
         parser.error(str(error))
-    for line in run.describe():
-        print(line, flush=True)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        for line in run.describe():
+            print(line, flush=True)
         run.train()
-    except NonFiniteLossError as error:
+    except (NonFiniteLossError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more at exit
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

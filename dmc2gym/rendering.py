@@ -21,7 +21,7 @@ def choose_backend() -> None:
 
     Elsewhere the choice stays with dm_control.
     """
-    if "MUJOCO_GL" in os.environ or not sys.platform.startswith("linux"):
+    if os.environ.get("MUJOCO_GL") or not sys.platform.startswith("linux"):
         return
     for backend, library in _LIBRARIES.items():
         try:
@@ -31,6 +31,13 @@ def choose_backend() -> None:
         os.environ["MUJOCO_GL"] = backend
         return
     os.environ["MUJOCO_GL"] = "disabled"
+
+
+def check_display() -> None:
+    """Raises RendererError for GLFW without a display, which would only fail after many lines of its own."""
+    displays = ("DISPLAY", "WAYLAND_DISPLAY")
+    if os.environ.get("MUJOCO_GL") == "glfw" and sys.platform.startswith("linux") and not any(map(os.getenv, displays)):
+        raise RendererError(f"MUJOCO_GL=glfw needs a display: unset it, or {INSTALL_HINT}")
 
 
 def renderer_name(physics: Any) -> tuple[str, bool]:

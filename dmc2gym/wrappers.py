@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +13,7 @@ import gym
 import numpy as np
 from gym.wrappers import TimeLimit
 
-from dmc2gym.rendering import INSTALL_HINT, RendererError, renderer_name
+from dmc2gym.rendering import INSTALL_HINT, RendererError, check_display, renderer_name
 
 _UNLIMITED = 1e10  # dm_control's limit of an actuator without one (mjMAXVAL)
 
@@ -21,10 +22,13 @@ def _suite() -> Any:
     """dm_control's suite, imported when it is first needed: that takes a second, and `--help` should not."""
     # MuJoCo warns at every load of an attribute in the suite's own models; nobody here can change that.
     logging.getLogger("absl").addFilter(_without_settotalmass)
+    warnings.filterwarnings("ignore", module="glfw")  # that it finds no display: said where it matters
     try:
         from dm_control import suite
     except Exception as error:  # what a renderer raises that cannot start is of many kinds
-        raise RendererError(f"dm_control found no usable renderer ({error}): {INSTALL_HINT}") from error
+        raise RendererError(
+            f"dm_control found no usable renderer ({error}): unset MUJOCO_GL, or {INSTALL_HINT}"
+        ) from error
     return suite
 
 
@@ -168,7 +172,10 @@ class DMCWrapper(gym.Env):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Starts an episode; with a seed, one that depends on that seed alone."""
+        """Starts an episode; with a seed, one that depends on that seed alone.
+
+        LQR tasks draw their springs when they are made: there it depends on the seed of `make`, too.
+        """
         super().reset(seed=seed)
         if seed is not None:
             self._env.task.random.seed(seed)
@@ -231,12 +238,19 @@ class DMCWrapper(gym.Env):
         height = self._height if height is None else height
         width = self._width if width is None else width
         camera_id = self.camera_id if camera_id is None else camera_id
-        self._start_renderer()
+        self._start_renderer(height, width)
         return self._env.physics.render(height=height, width=width, camera_id=camera_id)
 
-    def _start_renderer(self) -> None:
+    def _start_renderer(self, height: int = 0, width: int = 0) -> None:
+        """Makes the renderer, or makes it anew if its buffer is too small for a picture."""
+        check_display()
+        physics, visual = self._env.physics, self._env.physics.model.vis.global_
         try:
-            _ = self._env.physics.contexts
+            if height > visual.offheight or width > visual.offwidth:
+                visual.offheight, visual.offwidth = max(height, visual.offheight), max(width, visual.offwidth)
+                if physics._contexts:
+                    physics._free_rendering_contexts()
+            _ = physics.contexts
         except Exception as error:  # of many kinds, by backend and driver
             raise RendererError(f"no usable renderer ({error}): {INSTALL_HINT}") from error
 

@@ -122,6 +122,42 @@ def play(env, count, reset_seed=None):
     return record
 
 
+def test_last_decision_of_an_episode(make):
+    """1000 environment steps are 333 decisions of 3 and one of 1: rewards and observation end with the episode."""
+    env, direct = make("cheetah", "run", seed=2, frame_skip=3), load("cheetah", "run", 2)
+    env.reset()
+    direct.reset()
+    for action in actions((6,), 334):
+        obs, reward, _, truncated, _ = env.step(action)
+        want = 0.0
+        for _ in range(3):
+            time_step = direct.step(action)
+            want += time_step.reward
+            if time_step.last():
+                break
+        assert reward == want
+    assert truncated
+    assert np.array_equal(obs, flat(time_step.observation))
+
+
+def test_pictures_larger_than_the_models_own_buffer(make):
+    env = make("cartpole", "swingup", from_pixels=True, height=500, width=700)
+    obs, _ = env.reset()
+    small = make("cartpole", "swingup", visualize_reward=False)
+    small.reset()
+    assert small.render(height=64, width=64).shape == (64, 64, 3)
+    assert np.array_equal(small.render(height=500, width=700), obs.transpose(1, 2, 0))
+    assert np.array_equal(env.render(height=64, width=64), small.render(height=64, width=64))
+
+
+def test_environment_kwargs(make):
+    env = make("cartpole", "swingup", environment_kwargs={"flat_observation": True, "n_sub_steps": 2})
+    env.reset()
+    before = env.unwrapped.physics.time()
+    env.step(np.zeros(1))
+    assert env.unwrapped.physics.time() - before == pytest.approx(0.02)
+
+
 @pytest.mark.parametrize("task", [("reacher", "easy"), ("lqr", "lqr_6_2")])
 def test_same_seed_same_episodes(make, task):
     settings = {"from_pixels": True, "height": 24, "width": 24}

@@ -172,12 +172,13 @@ class Painter:
 
     def render(self, mode, height, width, camera_id):
         self.count += 1
+        self.camera_id = camera_id
         return np.full((height, width, 3), 20 * self.count, np.uint8)
 
 
 @pytest.mark.parametrize(("height", "width"), [(256, 256), (90, 100), (64, 64)])
 def test_video_reads_back(tmp_path, height, width):
-    video = VideoRecorder(tmp_path / "video", height=height, width=width)
+    video = VideoRecorder(tmp_path / "video", height=height, width=width, camera_id=3, fps=12)
     painter = Painter()
     video.init(enabled=True)
     for _ in range(7):
@@ -186,6 +187,8 @@ def test_video_reads_back(tmp_path, height, width):
     frames = iio.imread(tmp_path / "video" / "100.mp4")
     assert frames.shape == (7, height, width, 3)
     assert np.allclose(frames.mean(axis=(1, 2, 3)), 20 * np.arange(1, 8), atol=6)
+    assert painter.camera_id == 3
+    assert iio.immeta(tmp_path / "video" / "100.mp4")["fps"] == 12
     assert [path.name for path in (tmp_path / "video").iterdir()] == ["100.mp4"]
 
 

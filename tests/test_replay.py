@@ -346,6 +346,29 @@ def test_a_save_writes_only_what_is_new(tmp_path):
     assert len(torch.load(tmp_path / "30_60.pt")["frames"]) == 31
 
 
+def test_another_folder_gets_everything(tmp_path):
+    replay = saved_replay(tmp_path / "a")
+    replay.save(tmp_path / "b")
+    loaded, _ = make_both(100)
+    loaded.load(tmp_path / "b")
+    assert len(loaded) == 60
+    for transition in Episodes(1, 3).play(5):
+        loaded.add(*transition)
+    loaded.save(tmp_path / "c")
+    again, _ = make_both(100)
+    again.load(tmp_path / "c")
+    assert len(again) == 65
+
+
+def test_generator_is_saved_even_if_nothing_was_added(tmp_path):
+    replay = saved_replay(tmp_path)
+    replay.sample()
+    replay.save(tmp_path)
+    loaded, _ = make_both(100)
+    loaded.load(tmp_path)
+    assert torch.equal(loaded.sample()[0], replay.sample()[0])
+
+
 def test_a_large_save_is_cut_into_chunks(tmp_path, monkeypatch):
     """Its copy in memory stays small, and each frame is written once."""
     monkeypatch.setattr(replay_buffer, "_MAX_CHUNK", 7)

@@ -6,8 +6,10 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -39,6 +41,7 @@ METHODS = {
     "sac_pixel": ["--decoder_type", "identity"],
     "sac_state": ["--encoder_type", "identity", "--decoder_type", "identity"],
 }
+original = train.inspect.signature(train.SacAeAgent)
 SAVE = ["--save_tb", "--save_video", "--save_model", "--save_buffer"]
 
 
@@ -118,6 +121,7 @@ def run_toy(tmp_path, monkeypatch, make_env, *flags, name="log"):
         [*small.split(), *flags, "--device", "cpu", "--work_dir", str(tmp_path / name)]
     )
     run = train.Run(args)
+    run.open()
     run.train()
     run.close()
     return run
@@ -207,6 +211,50 @@ def test_same_seed_same_run(tmp_path, short_episodes):
     assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
 
 
+def test_everything_random_depends_on_the_seed(tmp_path):
+    """Actions, the task's own randomness, draws from the replay and evaluations, not only the first weights."""
+    seen = {}
+    for seed in (1, 2):
+        run = train.Run(
+            train.make_parser().parse_args([*SMALL, "--seed", str(seed), "--work_dir", str(tmp_path / "a")])
+        )
+        evaluated = [int(run.evaluation_seed(0, 0))]
+        task = run.env.unwrapped._env.task.random.uniform()
+        draws = run.replay.draw(0, 1000).tolist()
+        seen[seed] = [run.env.action_space.sample().tolist(), task, draws, evaluated, torch.rand(1).item()]
+        run.env.close()
+    assert all(first != second for first, second in zip(seen[1], seen[2], strict=True))
+
+
+def test_evaluations_differ_in_episodes_and_steps(tmp_path, monkeypatch):
+    seeds = []
+    reset = BarEnv.reset
+    monkeypatch.setattr(BarEnv, "reset", lambda self, *, seed=None: seeds.append(seed) or reset(self, seed=seed))
+    flags = "--num_train_steps 40 --init_steps 100 --eval_freq 20 --image_size 24 --num_eval_episodes 3".split()
+    run_toy(tmp_path, monkeypatch, BarEnv, *flags)
+    evaluated = [seed for seed in seeds if seed is not None]
+    assert len(evaluated) == len(set(evaluated)) == 9
+
+
+def test_times(tmp_path, monkeypatch):
+    """D and decisions per second are of the episode, evaluation apart, on a clock that ticks with decisions."""
+    clock = [0.0]
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+    step = CountingEnv.step
+
+    def slow_step(self, action):
+        clock[0] += 0.5
+        return step(self, action)
+
+    monkeypatch.setattr(CountingEnv, "step", slow_step)
+    flags = "--num_train_steps 12 --init_steps 100 --eval_freq 4 --num_eval_episodes 2".split()
+    run_toy(tmp_path, monkeypatch, lambda: CountingEnv(limit=4), *flags)
+    for record in read_log(tmp_path / "log" / "train.log"):
+        assert (record["duration"], record["decisions_per_second"]) == (2.0, 2.0)
+    for record in read_log(tmp_path / "log" / "eval.log"):
+        assert (record["duration"], record["decisions_per_second"]) == (4.0, 2.0)
+
+
 class PoisonedEnv(BarEnv):
     """Its rewards become NaN."""
 
@@ -217,11 +265,26 @@ class PoisonedEnv(BarEnv):
 
 def test_a_bad_loss_stops_the_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "make_env", lambda args, seed: FrameStack(PoisonedEnv(), 3))
-    flags = "--num_layers 2 --num_filters 2 --hidden_dim 8 --batch_size 4 --image_size 24 --init_steps 30"
-    flags += " --num_train_steps 100 --device cpu"
-    assert train.main([*flags.split(), "--work_dir", str(tmp_path / "log")]) == 1
-    error = capsys.readouterr().err
-    assert error == "train.py: error: train_critic/loss became nan at step 30: the run has diverged\n"
+    flags = "--num_layers 2 --num_filters 2 --hidden_dim 8 --batch_size 4 --image_size 24 --init_steps 30 --device cpu"
+    for steps in ("100", "32"):  # found when the policy acts, and at the run's end
+        command = [*flags.split(), "--num_train_steps", steps, "--work_dir", str(tmp_path / steps), "--save_model"]
+        assert train.main(command) == 1
+        error = capsys.readouterr().err
+        assert error == "train.py: error: train_critic/loss became nan at step 30: the run has diverged\n"
+        assert not (tmp_path / steps / "model" / f"actor_{steps}.pt").exists()
+
+
+def test_a_bad_action_stops_the_run(tmp_path, monkeypatch, capsys):
+    """Losses can stay finite while the policy does not; in training and in evaluation alike."""
+    nan = np.full(1, np.nan, np.float32)
+    for name, step in (("sample_action", 30), ("select_action", 0)):
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "make_env", lambda args, seed: FrameStack(BarEnv(), 3))
+            patch.setattr(train.SacAeAgent, name, lambda agent, obs: nan)
+            flags = "--num_layers 2 --num_filters 2 --hidden_dim 8 --batch_size 4 --image_size 24 --init_steps 30"
+            command = [*flags.split(), "--num_train_steps", "50", "--device", "cpu", "--work_dir", str(tmp_path / name)]
+            assert train.main(command) == 1
+        assert f"action became [nan] at step {step}: the run has diverged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -250,14 +313,21 @@ def test_a_bad_loss_stops_the_run(tmp_path, monkeypatch, capsys):
         ("--encoder_type identity", "decoder_type pixel needs encoder_type pixel"),
         ("--encoder_type vit", "--encoder_type: invalid choice: 'vit'"),
         ("--replay_buffer_capacity 127", "at least batch_size"),
-        ("--num_train_steps 100", "at least batch_size"),
         ("--device cuda:77", "there is no device cuda:77 here"),
         ("--replay_device cuda --device cpu", "replay_device cuda needs a GPU"),
         (
             "--replay_buffer_capacity 99999999 --num_train_steps 99999999",
             "largest --replay_buffer_capacity that fits",
         ),
-        ("--device gpu", "there is no device gpu here"),
+        ("--device gpu", "there is no device gpu here; choose cpu"),
+        ("--device meta", "there is no device meta here"),
+        ("--device hpu", "there is no device hpu here"),
+        ("--batch_size 1" + 400 * "0", "--batch_size: must be at least 1, got 10000"),
+        ("--action_repeat 1001", "--action_repeat: must be at least 1 and at most 1000"),
+        ("--frame_stack 101", "--frame_stack"),
+        ("--actor_log_std_min nan", "must be a finite number, got nan"),
+        ("--hidden_dim 1000000000", "allocate"),
+        ("--image_size 100000", ""),
         ("--agent ddpg", "--agent: invalid choice: 'ddpg'"),
         ("--learning_rate 1", "unrecognized arguments: --learning_rate"),
         ("--batch 12", "unrecognized arguments: --batch"),
@@ -294,8 +364,14 @@ def test_a_folder_that_holds_a_run_is_refused(tmp_path, capsys, name):
 
 def test_impossible_folders_are_refused(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("precious")
-    assert_refused(tmp_path / "file", capsys, [], "cannot be written")
-    assert_refused(tmp_path / "file" / "below", capsys, [], "cannot be written")
+    assert_refused(tmp_path / "file", capsys, [], "is no folder")
+    assert_refused(tmp_path / "file" / "below", capsys, [], "is no folder")
+    assert_refused(tmp_path / (300 * "x"), capsys, [], "cannot be used")
+    assert_refused("", capsys, [], "work_dir is empty")
+    assert_refused("/proc/new", capsys, SMALL, "")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert_refused(tmp_path / "link", capsys, [], "is no folder")
+    (tmp_path / "link").unlink()
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     assert_refused(tmp_path / "new", capsys, [], "cannot be written")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -312,10 +388,11 @@ def test_video_without_ffmpeg_is_refused(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "log").exists()
 
 
-@pytest.mark.parametrize("backend", ["disabled", "nonsense", "egl"])
+@pytest.mark.parametrize("backend", ["disabled", "nonsense", "egl", "glfw"])
 def test_no_renderer_is_refused(tmp_path, backend):
     # Without a vendor's library EGL itself is there but has nothing to render with.
-    environment = os.environ | {"MUJOCO_GL": backend, "__EGL_VENDOR_LIBRARY_FILENAMES": str(tmp_path / "none.json")}
+    environment = {key: value for key, value in os.environ.items() if "DISPLAY" not in key}
+    environment |= {"MUJOCO_GL": backend, "__EGL_VENDOR_LIBRARY_FILENAMES": str(tmp_path / "none.json")}
     command = [sys.executable, "train.py", "--work_dir", str(tmp_path / "log")]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 2
@@ -330,8 +407,11 @@ def test_help_shows_every_flag_with_its_default(capsys):
         train.main(["--help"])
     assert exit_.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for flag, default in vars(train.make_parser().parse_args([])).items():
-        assert re.search(rf"--{flag}\b[^-]* [^()]*.*?\(default: {re.escape(str(default))}\)", shown), flag
+    actions = [action for action in train.make_parser()._actions if action.dest != "help"]
+    assert {action.dest for action in actions} == set(vars(train.make_parser().parse_args([])))
+    for action in actions:
+        assert action.help
+        assert f"{action.help} (default: {action.default})" in shown
 
 
 def test_published_defaults():
@@ -357,12 +437,91 @@ def test_first_lines(tmp_path):
     flags = [*SMALL, "--action_repeat", "4", "--work_dir", str(tmp_path)]
     run = train.Run(train.make_parser().parse_args(flags))
     lines = list(run.describe())
-    run.close()
     starts = ["note: the published", "device: cpu", "note: without a GPU", "renderer: "]
+    if run.env.unwrapped.renderer[1]:
+        starts += ["warning: this renderer is software"]
     starts += ["observation: (9, 32, 32) uint8", "action: (1,)", "replay: 0.00 GB", "actor: ", "critic: ", "decoder: "]
-    lines = [line for line in lines if not line.startswith("warning: this renderer is software")]
+    starts += ["first an evaluation, 25 random decisions"]
     assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True)), lines
     assert "--action_repeat 8, not 4" in lines[0]
+    for software in (False, True):
+        run.renderer = ("a name", software)
+        assert any("renderer is software" in line for line in run.describe()) == software
+    run.args.init_steps = 60
+    assert list(run.describe())[-1].startswith("note: nothing will be learned")
+    run.env.close()
+    run.eval_env.close()
+
+
+@pytest.mark.parametrize(
+    ("task", "repeat"),
+    [
+        ("cartpole swingup", 8),
+        ("reacher easy", 4),
+        ("cheetah run", 4),
+        ("ball_in_cup catch", 4),
+        ("finger spin", 2),
+        ("walker walk", 2),
+        ("hopper hop", None),
+    ],
+)
+def test_published_repeats(task, repeat):
+    assert train.PUBLISHED_REPEATS.get(tuple(task.split())) == repeat
+    domain_name, task_name = task.split()
+    flags = ["--domain_name", domain_name, "--task_name", task_name, *METHODS["sac_state"], "--num_train_steps", "200"]
+    for chosen in (3, repeat or 5):
+        run = train.Run(train.make_parser().parse_args([*flags, "--action_repeat", str(chosen)]))
+        noted = any(line.startswith("note: the published") for line in run.describe())
+        assert noted == (repeat is not None and chosen != repeat)
+        run.env.close()
+        run.eval_env.close()
+
+
+def test_every_agent_flag_reaches_the_agent(monkeypatch):
+    given = {}
+    monkeypatch.setattr(train.SacAeAgent, "__init__", lambda self, *args, **kwargs: given.update(kwargs))
+    monkeypatch.setattr(train.inspect, "signature", lambda _: original)
+    parser = train.make_parser()
+    names = [name for name in original.parameters if name not in ("self", "obs_shape", "action_shape", "device")]
+    assert len(names) == 25
+    args = parser.parse_args([])
+    for index, name in enumerate(names):  # values that are nobody's default
+        setattr(args, name, 1000 + index)
+    train.make_agent(args, (9, 84, 84), (6,))
+    assert given == {name: 1000 + index for index, name in enumerate(names)}
+
+
+def start(tmp_path, *flags):
+    command = [sys.executable, "train.py", *SMALL, *flags, "--work_dir", str(tmp_path / "log")]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_interrupt(tmp_path):
+    process = start(tmp_path, "--num_train_steps", "100000")
+    for line in process.stdout:
+        if line.startswith("| train"):
+            break
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert process.stderr.read() == "train.py: interrupted\n"
+
+
+@pytest.mark.parametrize("seconds", [0.3, 1.5, 2.5])
+def test_interrupt_while_starting(tmp_path, seconds):
+    """Nothing has been written, nothing needs to be said."""
+    process = start(tmp_path)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) in (-signal.SIGINT, 130)
+    assert process.stderr.read() in ("", "train.py: interrupted\n")
+
+
+def test_closed_pipe(tmp_path):
+    process = start(tmp_path)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=60) == 1
+    assert process.stderr.read() == "train.py: error: [Errno 32] Broken pipe\n"
 
 
 def test_output_on_a_terminal_and_on_a_pipe(tmp_path):

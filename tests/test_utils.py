@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -92,7 +94,7 @@ def test_seeds_and_folders(tmp_path):
     draws = []
     for _ in range(2):
         set_seed_everywhere(3)
-        draws.append((torch.rand(1).item(), np.random.rand()))
+        draws.append((torch.rand(1).item(), np.random.rand(), random.random()))
     assert draws[0] == draws[1]
     assert make_dir(tmp_path / "a" / "b").is_dir()
     assert make_dir(tmp_path / "a" / "b").is_dir()

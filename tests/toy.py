@@ -32,6 +32,9 @@ class CountingEnv(gym.Env):
         ended = bool(self.ends and action[0] > 0.5)
         return self._observe(), 1.0, ended, self.steps == self.limit and not ended, {}
 
+    def render(self, **_):
+        return np.zeros((16, 16, 3), np.uint8)
+
 
 class BarEnv(gym.Env):
     """A bright bar that actions move sideways; the reward is 1 where it stands in the middle, 0 at the edges.
@@ -47,6 +50,7 @@ class BarEnv(gym.Env):
         self.observation_space = gym.spaces.Box(0, 255, (3, self.size, self.size), np.uint8)
         self.action_space = gym.spaces.Box(-1, 1, (1,), np.float32, seed=seed)
         self.rng = np.random.default_rng(seed)
+        self.position = 0.0
 
     def _observe(self):
         picture = np.zeros(self.observation_space.shape, np.uint8)
