@@ -282,6 +282,7 @@ class Run:
         self.work_dir = Path(args.work_dir)
         self.env = make_env(args, args.seed)
         self.eval_env = make_env(args, args.seed)  # reseeded at every episode
+        self.episode = 0
         self.renderer = ("none", False)
         if args.encoder_type == "pixel" or args.save_video:
             for env in (self.env, self.eval_env):
@@ -354,9 +355,6 @@ class Run:
     def train(self) -> None:
         """Runs the loop of a run that is open.
 
-        The order is the method's: the action is chosen, then the update runs, then the environment steps, so that the
-        newest transition is not yet in the batch.
-
         Raises:
             NonFiniteLossError: a loss became NaN or infinite.
         """
@@ -364,32 +362,42 @@ class Run:
         self.evaluate(step=0)
         next_eval = args.eval_freq
 
-        episode, episode_start, episode_reward, start_time = 1, 0, 0.0, time.perf_counter()
-        obs, _ = self.env.reset()
+        self.begin_episode(0)
         for step in range(args.num_train_steps):
-            action = self.act(obs, step)
-            if step >= args.init_steps:
-                # The first time, one update for each of the random decisions, all of them at this very step.
-                first = progress(args.init_steps, "first updates")
-                for _ in first if step == args.init_steps else range(1):
-                    self.agent.update(self.replay, self.logger, step)
-            next_obs, reward, terminated, truncated, _ = self.env.step(action)
-            # A time limit is no end of the task: the target bootstraps through it.
-            self.replay.add(obs, action, reward, next_obs, terminated)
-            episode_reward += reward
-            obs = next_obs
-
-            if terminated or truncated:
+            if self.decide(step):
                 decisions = step + 1
-                duration = time.perf_counter() - start_time
-                self.log_episode(decisions, episode, episode_reward, decisions - episode_start, duration)
+                self.log_episode(decisions)
                 if decisions >= next_eval:
                     self.evaluate(decisions)
                     next_eval = (decisions // args.eval_freq + 1) * args.eval_freq
-                episode, episode_start, episode_reward, start_time = episode + 1, decisions, 0.0, time.perf_counter()
-                obs, _ = self.env.reset()
+                self.begin_episode(decisions)
         self.logger.check_losses()  # of the last episode, if it was cut short
         self.save(args.num_train_steps)
+
+    def begin_episode(self, step: int) -> None:
+        """Resets the environment before decision `step`."""
+        self.episode += 1
+        self.episode_start, self.episode_reward, self.start_time = step, 0.0, time.perf_counter()
+        self.obs, _ = self.env.reset()
+
+    def decide(self, step: int) -> bool:
+        """One decision and what follows from it; whether it ended the episode.
+
+        The order is the method's: the action is chosen, then the update runs, then the environment steps, so that the
+        newest transition is not yet in the batch. On a GPU the update runs while the environment steps.
+        """
+        action = self.act(self.obs, step)
+        if step >= self.args.init_steps:
+            # The first time, one update for each of the random decisions, all of them at this very step.
+            first = progress(self.args.init_steps, "first updates")
+            for _ in first if step == self.args.init_steps else range(1):
+                self.agent.update(self.replay, self.logger, step)
+        next_obs, reward, terminated, truncated, _ = self.env.step(action)
+        # A time limit is no end of the task: the target bootstraps through it.
+        self.replay.add(self.obs, action, reward, next_obs, terminated)
+        self.obs = next_obs
+        self.episode_reward += reward
+        return terminated or truncated
 
     def act(self, obs: np.ndarray, step: int) -> np.ndarray:
         """The action of decision `step`: uniform for the first `init_steps`, then the policy's."""
@@ -405,13 +413,14 @@ class Run:
             raise NonFiniteLossError(f"the policy's action became {action} at step {step}: the run has diverged")
         return action
 
-    def log_episode(self, step: int, episode: int, reward: float, decisions: int, duration: float) -> None:
-        """The line of an episode that ended after decision `step`; duration in seconds."""
-        self.logger.log("train/episode", episode, step)
-        self.logger.log("train/episode_reward", reward, step)
+    def log_episode(self, step: int) -> None:
+        """The line of the episode that ended when `step` decisions had been made."""
+        duration = time.perf_counter() - self.start_time
+        self.logger.log("train/episode", self.episode, step)
+        self.logger.log("train/episode_reward", self.episode_reward, step)
         self.logger.log("train/duration", duration, step)
         self.logger.log("train/environment_steps", step * self.args.action_repeat, step)
-        self.logger.log("train/decisions_per_second", decisions / duration, step)
+        self.logger.log("train/decisions_per_second", (step - self.episode_start) / duration, step)
         self.logger.dump(step)
 
     def evaluate(self, step: int) -> None:
