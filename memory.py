@@ -16,26 +16,39 @@ HOST_RESERVE = 2 * 10**9
 
 def free_host_bytes() -> int:
     """Memory that a process may still take: what is available, or what its control group leaves it."""
-    free = int(psutil.virtual_memory().available)
-    for group in _control_groups():
-        try:
-            limit = (group / "memory.max").read_text().strip()
-            if limit != "max":
-                free = min(free, int(limit) - int((group / "memory.current").read_text()))
-        except OSError:  # no memory controller here
-            continue
-    return free
+    return min(int(psutil.virtual_memory().available), *(_group_free(group) for group in control_groups()))
 
 
-def _control_groups() -> list[Path]:
-    """The process's control group and those above it (cgroup v2, docs.kernel.org/admin-guide/cgroup-v2.html)."""
+def control_groups(listing: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[Path]:
+    """Folders of the groups that limit the process's memory, its own and those above it, of cgroup v2 and v1."""
+    groups: list[Path] = [root]
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    root = Path("/sys/fs/cgroup")
-    paths = [root / line.removeprefix("0::/") for line in lines if line.startswith("0::")]
-    return [group for path in paths for group in (path, *path.parents) if group.is_relative_to(root)]
+        lines = listing.read_text().splitlines()
+    except OSError:  # no Linux
+        return groups
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers in ("", "memory"):
+            own = root / controllers / path.lstrip("/")
+            groups += [group for group in (own, *own.parents) if group.is_relative_to(root)]
+    return groups
+
+
+def _group_free(group: Path) -> int:
+    """What a group leaves free; file pages that the kernel would give up first count as free.
+
+    https://docs.kernel.org/admin-guide/cgroup-v2.html and .../cgroup-v1/memory.html
+    """
+    for limit, used, pages in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            free = int((group / limit).read_text()) - int((group / used).read_text())
+            return free + int(statistics.get(pages, 0))
+        except (OSError, ValueError):  # not of this version, or its limit is `max`
+            continue
+    return 2**63
 
 
 def free_gpu_bytes(device: torch.device) -> int:
@@ -57,29 +70,29 @@ def place_replay(
     Raises:
         ValueError: it does not fit; the message names the largest capacity that would.
     """
-    needed = replay_bytes(obs_shape, action_shape, capacity)
     if requested == "cuda" and device.type != "cuda":
         raise ValueError(f"replay_device cuda needs a GPU for the networks too, but device is {device}")
+    fits: dict[torch.device, int] = {}  # the largest capacity, by place
     if requested != "cpu" and device.type == "cuda":
-        free = free_gpu_bytes(device) - GPU_RESERVE
-        if needed <= free:
-            return device
-        if requested == "cuda":
-            raise ValueError(_too_large(f"on {device}", needed, free, obs_shape, action_shape, capacity))
-    free = free_host_bytes() - HOST_RESERVE
-    if needed > free:
-        raise ValueError(_too_large("in host memory", needed, free, obs_shape, action_shape, capacity))
-    return torch.device("cpu")
-
-
-def _too_large(
-    place: str, needed: int, free: int, obs_shape: tuple[int, ...], action_shape: tuple[int, ...], capacity: int
-) -> str:
-    fits = 0
-    for bit in reversed(range(capacity.bit_length())):  # the largest capacity, bit by bit
-        if replay_bytes(obs_shape, action_shape, fits + (1 << bit)) <= free:
-            fits += 1 << bit
-    return (
-        f"the replay takes {needed / 1e9:.2f} GB for {capacity:,} transitions, and {max(free, 0) / 1e9:.2f} GB {place} "
-        f"can be used: the largest --replay_buffer_capacity that fits is {fits}"
+        fits[device] = largest_capacity(free_gpu_bytes(device), GPU_RESERVE, obs_shape, action_shape)
+    if requested != "cuda":
+        fits[torch.device("cpu")] = largest_capacity(free_host_bytes(), HOST_RESERVE, obs_shape, action_shape)
+    for place, largest in fits.items():
+        if capacity <= largest:
+            return place
+    places = " or ".join("host memory" if place.type == "cpu" else str(place) for place in fits)
+    raise ValueError(
+        f"the replay takes {replay_bytes(obs_shape, action_shape, capacity) / 1e9:.2f} GB for {capacity:,} "
+        f"transitions, more than can be had of {places}: the largest --replay_buffer_capacity that fits is "
+        f"{max(fits.values())}"
     )
+
+
+def largest_capacity(free: int, reserve: int, obs_shape: tuple[int, ...], action_shape: tuple[int, ...]) -> int:
+    """Transitions whose replay leaves the reserve free, or, if it is small itself, a tenth of its own size."""
+    fits = 0
+    for bit in reversed(range(50)):  # the largest, bit by bit
+        needed = replay_bytes(obs_shape, action_shape, fits + (1 << bit))
+        if needed + min(reserve, needed // 10) <= free:
+            fits += 1 << bit
+    return fits

@@ -1,8 +1,8 @@
 """The replay's next batch, gathered and copied to the GPU while the update before it runs.
 
 What comes out is what would come out without this. The next batch is drawn ahead, for the transitions that will be
-stored by then if as many are added as between the last two batches. Where it comes otherwise the generator is set back
-and the batch is drawn anew.
+stored by then if as many are added as between the last two batches. Where it comes otherwise, as it may where episodes
+are so short that frames run out before transitions, the generator is set back and the batch is drawn anew.
 """
 
 from __future__ import annotations

@@ -45,11 +45,11 @@ class ReplayBuffer:
         seed: of the generator that draws them.
         frame_channels: C, channels of a single frame.
         frames_device: where the frames lie, `device` or host memory; it changes nothing about what is drawn.
-        prefetch: gather the next batch while the last one is used. By default where that pays: if the frames lie in
-            host memory, which is pinned then, and samples go to a GPU.
+        prefetch: gather the next batch while the last one is used; by default where that pays, if the frames lie in
+            host memory and samples go to a GPU.
 
     Raises:
-        ValueError: stacks that are not made of whole frames, or a capacity below 1.
+        ValueError: stacks that are not made of whole frames, a capacity below 1, prefetching from frames on a GPU.
     """
 
     def __init__(
@@ -74,11 +74,12 @@ class ReplayBuffer:
         self.num_stacked, frames_shape, dtype = _frames_layout(self.obs_shape, capacity, frame_channels)
         # Filled, so that the memory is taken now: what is not there must show at the start, not hours into the run.
         self.frames = torch.empty(frames_shape, dtype=dtype, device=frames_device).zero_()
-        self.pinned = self.frames.device.type == "cpu" and self.device.type == "cuda" and _pin(self.frames)
         self.frame_ids = np.empty((capacity, 2 * self.num_stacked), dtype=np.int64)  # those of obs, then of next_obs
         self.actions = np.empty((capacity, *action_shape), dtype=np.float32)
         self.rewards = np.empty((capacity, 1), dtype=np.float32)
         self.not_dones = np.empty((capacity, 1), dtype=np.float32)
+        for field in _FIELDS:
+            getattr(self, field).fill(0)
 
         # Counted since the start and never wrapped: a number's place in a ring is its remainder by the ring's length.
         self.frames_added = 0
@@ -90,6 +91,8 @@ class ReplayBuffer:
         self._newest: list[tuple[int, np.ndarray]] = []  # the last next_obs: number and pixels of each frame
         if prefetch is None:
             prefetch = self.frames.device.type == "cpu" and self.device.type == "cuda"
+        if prefetch and self.frames.device.type != "cpu":
+            raise ValueError("prefetch is for frames in host memory: those on a GPU are gathered there at once")
         self._prefetcher = Prefetcher(self) if prefetch else None
 
     def __len__(self) -> int:
@@ -108,7 +111,7 @@ class ReplayBuffer:
         reward: float,
         next_obs: np.ndarray,
         done: bool | float,
-        new_episode: bool | None = None,
+        new_episode: bool = False,
     ) -> None:
         """Stores a transition.
 
@@ -118,14 +121,15 @@ class ReplayBuffer:
             reward: summed over the action's repeats.
             next_obs: stack after it.
             done: whether the episode truly ended; a time limit is no such end.
-            new_episode: whether `obs` begins an episode; None looks whether it is the last `next_obs`.
+            new_episode: says that `obs` begins an episode; otherwise that is seen by its frames.
 
         Raises:
             ValueError: an observation of another shape.
         """
-        obs_frames = self._store(self._split(obs), [] if new_episode else self._newest)
+        stack, next_stack = self._split(obs), self._split(next_obs)
+        obs_frames = self._store(stack, [] if new_episode else self._newest)
         # Copied, because the next call compares with it and the caller may go on writing into the array.
-        self._newest = self._store(self._split(next_obs).copy(), obs_frames[1:])
+        self._newest = self._store(next_stack.copy(), obs_frames[1:])
 
         place = self.transitions_added % self.capacity
         self.frame_ids[place] = [number for number, _ in obs_frames + self._newest]
@@ -154,11 +158,13 @@ class ReplayBuffer:
         safe = self.frames_added + 2 * self.num_stacked - len(self.frames)
         for position, frame in enumerate(stack):
             for number, known in expected[position : position + 1] + stored[-1:]:
-                if number >= safe and np.array_equal(frame, known):
+                # By their bytes: 0.0 and -0.0 are equal numbers, but not the same.
+                if number >= safe and np.array_equal(frame.view(np.uint8), known.view(np.uint8)):
                     break
             else:
                 number = self.frames_added
-                self.frames[number % len(self.frames)] = torch.from_numpy(frame)
+                # On a GPU it is queued behind the update that may be running; the source has been read by then.
+                self.frames[number % len(self.frames)].copy_(torch.from_numpy(frame), non_blocking=True)
                 self.frames_added += 1
             stored.append((number, frame))
         return stored
@@ -225,10 +231,10 @@ class ReplayBuffer:
         Raises:
             FileExistsError: the folder holds another replay.
         """
-        index_path = Path(save_dir) / _INDEX
+        index_path = Path(save_dir).resolve() / _INDEX
         index_path.parent.mkdir(parents=True, exist_ok=True)
         if self._folder != index_path.parent:
-            if index_path.exists():
+            if index_path.exists() and json.loads(index_path.read_text())["replay"] != self.name:
                 raise FileExistsError(f"{index_path} belongs to another replay: save to an empty folder")
             self._folder, self._chunks = index_path.parent, []
         if not self.transitions_added:
@@ -243,14 +249,16 @@ class ReplayBuffer:
         index = {
             "replay": self.name,
             "capacity": self.capacity,
-            "obs_shape": self.obs_shape,
+            "shapes": self._shapes(),
             "oldest": self.oldest,
             "generator": (self._prefetcher or self).generator_state(),
             "chunks": kept,
         }
         write_atomically(index_path, lambda file: file.write(json.dumps(index, indent=1).encode()))
-        for overwritten in set(self._chunks) - set(kept):
-            index_path.with_name(overwritten.name).unlink(missing_ok=True)
+        listed = {chunk.name for chunk in kept}
+        for path in [*index_path.parent.glob("*_*.pt"), *index_path.parent.glob(".*.tmp")]:
+            if path.name not in listed:  # overwritten in the ring, or left by a save that was killed
+                path.unlink()
         self._chunks = kept
 
     def _save_chunk(self, folder: Path, start: int, frames_start: int) -> _Chunk:
@@ -258,7 +266,7 @@ class ReplayBuffer:
         end = min(start + _MAX_CHUNK, self.transitions_added)
         places = np.arange(start, end) % self.capacity
         frames_start = max(frames_start, self.frames_added - len(self.frames))
-        frames_end = int(self.frame_ids[places[-1]].max()) + 1  # numbers only grow from one transition to the next
+        frames_end = max(frames_start, int(self.frame_ids[places].max()) + 1)
         content = {
             "replay": self.name,
             "start": start,
@@ -269,6 +277,10 @@ class ReplayBuffer:
         chunk = _Chunk(f"{start}_{end}.pt", end, frames_end)
         write_atomically(folder / chunk.name, lambda file: torch.save(content, file))
         return chunk
+
+    def _shapes(self) -> list[list[int]]:
+        """Shapes of frames, frame numbers and actions, as JSON has them."""
+        return [list(self.frames.shape[1:]), list(self.frame_ids.shape[1:]), list(self.actions.shape[1:])]
 
     def _ring(self, start: int, end: int) -> Tensor:
         """Places of the frames of these numbers."""
@@ -291,10 +303,10 @@ class ReplayBuffer:
         with _naming(index_path):
             index = json.loads(index_path.read_text())
             chunks = [_Chunk(*fields) for fields in index["chunks"]]
-            size = (index["capacity"], tuple(index["obs_shape"]))
+            size = (index["capacity"], index["shapes"])
             generator, oldest, name = index["generator"], index["oldest"], index["replay"]
-        if size != (self.capacity, self.obs_shape):
-            raise ValueError(f"{index_path} is of capacity {size[0]} and observations {size[1]}, not of this replay's")
+        if size != (self.capacity, self._shapes()):
+            raise ValueError(f"{index_path} is of capacity {size[0]} and shapes {size[1]}, not of this replay's")
         for chunk in chunks:
             path = index_path.with_name(chunk.name)
             with _naming(path):
@@ -302,7 +314,7 @@ class ReplayBuffer:
                 if content["replay"] != name:
                     raise ValueError("it belongs to another replay")
                 frames = content["frames"].to(self.frames.device)
-                self.frames[self._ring(content["frames_start"], chunk.frames_end)] = frames
+                self.frames.index_copy_(0, self._ring(content["frames_start"], chunk.frames_end), frames)
                 for field in _FIELDS:
                     places = np.arange(content["start"], chunk.end) % self.capacity
                     getattr(self, field)[places] = content[field].numpy()
@@ -311,7 +323,7 @@ class ReplayBuffer:
         self.oldest = oldest
         self.transitions_added = chunks[-1].end
         self.frames_added = chunks[-1].frames_end
-        self._chunks, self._folder = chunks, index_path.parent
+        self._chunks, self._folder = chunks, index_path.parent.resolve()
         self._newest = self._newest_stack()
 
     def _newest_stack(self) -> list[tuple[int, np.ndarray]]:
@@ -342,15 +354,6 @@ def _frames_layout(
     else:  # a state is a stack of one frame
         num_stacked, frame, dtype = 1, obs_shape, torch.float32
     return num_stacked, (capacity + capacity // 64 + 2 * num_stacked, *frame), dtype
-
-
-def _pin(tensor: Tensor) -> bool:
-    """Locks a tensor's memory for copies by the GPU; whether that worked.
-
-    PyTorch's own `pin_memory` would round 21.6 GB up to a power of two (its host allocator caches blocks), so CUDA is
-    asked to register the memory as it is.
-    """
-    return int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)) == 0
 
 
 class _Chunk(NamedTuple):

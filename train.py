@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     # Until training begins there is nothing to clean up: an interrupt just ends the program, imports included.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 # PyTorch's threads (libgomp) spin for milliseconds while they wait for each other. On a busy machine that doubles the
@@ -70,7 +70,7 @@ def number(kind: type, low: float, high: float = LARGEST, exclusive: bool = Fals
         value = kind(text)
         if not low <= value <= high or (exclusive and value == low) or value in (math.inf, -math.inf):
             bounds = [f"{'above' if exclusive else 'at least'} {low}"] if low > -math.inf else []
-            bounds += [f"at most {high}"] if high < LARGEST else []
+            bounds += [f"at most {high}"] if high < LARGEST or value > high else []
             shown = text if len(text) < 30 else f"{text[:30]}..."
             raise argparse.ArgumentTypeError(f"must be {' and '.join(bounds) or 'a finite number'}, got {shown}")
         return value
@@ -330,8 +330,7 @@ class Run:
         yield f"observation: {self.env.observation_space.shape} {self.env.observation_space.dtype}"
         yield f"action: {self.env.action_space.shape}"
         replay = self.replay
-        in_host = "in pinned host memory" if replay.pinned else "in host memory"
-        place = in_host if replay.frames.device.type == "cpu" else f"on {replay.frames.device}"
+        place = "in host memory" if replay.frames.device.type == "cpu" else f"on {replay.frames.device}"
         yield f"replay: {replay.nbytes / 1e9:.2f} GB {place} for {replay.capacity:,} transitions"
         for name in ("actor", "critic", "decoder"):
             network = getattr(self.agent, name)
@@ -389,8 +388,8 @@ class Run:
         action = self.act(self.obs, step)
         if step >= self.args.init_steps:
             # The first time, one update for each of the random decisions, all of them at this very step.
-            first = progress(self.args.init_steps, "first updates")
-            for _ in first if step == self.args.init_steps else range(1):
+            burst = step == self.args.init_steps
+            for _ in progress(self.args.init_steps, "first updates") if burst else range(1):
                 self.agent.update(self.replay, self.logger, step)
         next_obs, reward, terminated, truncated, _ = self.env.step(action)
         # A time limit is no end of the task: the target bootstraps through it.
@@ -519,7 +518,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run = Run(args)
         run.open()
-    except (ValueError, RuntimeError, MemoryError, OSError) as error:  # of the last three many are the libraries'
+    except (ValueError, dmc2gym.RendererError, MemoryError, OSError) as error:
+        parser.error(str(error))
+    except RuntimeError as error:
+        if "allocate" not in str(error):  # how PyTorch says on CPU and GPU that memory does not suffice
+            raise
         parser.error(str(error))
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)

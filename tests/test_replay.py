@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import time
+from unittest import mock
 
 import numpy as np
 import plain
@@ -202,11 +204,12 @@ def test_sample_shapes_and_types():
     assert action.dtype == reward.dtype == not_done.dtype == torch.float32
 
 
-def test_draws_are_uniform_and_from_what_is_stored():
-    replay = ReplayBuffer((1,), (1,), 50, 100, "cpu", seed=3)
+@every_place
+def test_draws_are_uniform_and_from_what_is_stored(place):
+    replay = ReplayBuffer((1,), (1,), 50, 100, seed=3, **PLACES[place])
     for index in range(120):
         replay.add(np.full(1, index), np.zeros(1), 0.0, np.full(1, index + 1), False)
-    draws = np.concatenate([replay.sample()[0].numpy().ravel() for _ in range(500)]).astype(int)
+    draws = np.concatenate([replay.sample()[0].cpu().numpy().ravel() for _ in range(500)]).astype(int)
     counts = np.bincount(draws, minlength=120)
     assert counts[:70].sum() == 0
     chi_square = ((counts[70:] - 1000) ** 2 / 1000).sum()
@@ -262,6 +265,8 @@ def test_placement(monkeypatch):
     free = {"gpu": needed + memory.GPU_RESERVE, "host": needed + memory.HOST_RESERVE}
     monkeypatch.setattr(memory, "free_gpu_bytes", lambda device: free["gpu"])
     monkeypatch.setattr(memory, "free_host_bytes", lambda: free["host"])
+    if needed // 10 < memory.GPU_RESERVE:  # of small replays a tenth of their own size is kept free
+        free["gpu"] = needed + needed // 10
     assert memory.place_replay("auto", gpu, *size) == gpu
     assert memory.place_replay("cpu", gpu, *size) == cpu
     assert memory.place_replay("auto", cpu, *size) == cpu
@@ -269,15 +274,48 @@ def test_placement(monkeypatch):
         memory.place_replay("cuda", cpu, *size)
     free["gpu"] -= 1
     assert memory.place_replay("auto", gpu, *size) == cpu
-    with pytest.raises(ValueError, match=r"on cuda:0 .* fits is 999999$"):
+    with pytest.raises(ValueError, match=r"of cuda:0: .* fits is 999999$"):
         memory.place_replay("cuda", gpu, *size)
     free["host"] -= 1
-    for requested, device in (("auto", gpu), ("auto", cpu), ("cpu", gpu)):
-        with pytest.raises(ValueError, match=r"host memory .* fits is 999999$"):
+    for requested, device in (("auto", cpu), ("cpu", gpu)):
+        with pytest.raises(ValueError, match=r"host memory: .* fits is 999999$"):
             memory.place_replay(requested, device, *size)
+    free["host"] //= 2
+    with pytest.raises(ValueError, match=r"of cuda:0 or host memory: .* fits is 999999$"):
+        memory.place_replay("auto", gpu, *size)
     free["host"] = 0
     with pytest.raises(ValueError, match=r"fits is 0$"):
         memory.place_replay("auto", cpu, *size)
+
+
+def test_small_replays_need_no_large_reserve(monkeypatch):
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: 10**8)
+    assert memory.place_replay("auto", torch.device("cpu"), (9, 84, 84), (6,), 1000) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("listing", "files", "free"),
+    [
+        ("0::/job/step", {"job/step/memory.max": "max", "job/memory.max": "500"}, 500 - 300 + 70),
+        ("0::/", {"memory.max": "400"}, 400 - 300 + 70),
+        ("4:memory:/job\n0::/", {"memory/job/memory.limit_in_bytes": "350"}, 350 - 300 + 50),
+        ("0::/job", {"job/memory.max": "max"}, 2**63),
+        ("5:cpu,cpuacct:/job", {}, 2**63),
+    ],
+)
+def test_control_groups_limit_memory(tmp_path, listing, files, free):
+    """What a container or a batch system allows, with file pages that can be given up."""
+    root = tmp_path / "cgroup"
+    for name, limit in files.items():
+        group = (root / name).parent
+        group.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(limit + "\n")
+        for used in ("memory.current", "memory.usage_in_bytes"):
+            (group / used).write_text("300\n")
+        (group / "memory.stat").write_text("anon 200\ninactive_file 70\ntotal_inactive_file 50\n")
+    (tmp_path / "listing").write_text(listing + "\n")
+    groups = memory.control_groups(tmp_path / "listing", root)
+    assert min(memory._group_free(group) for group in groups) == free
 
 
 def test_free_host_memory_is_plausible():
@@ -301,16 +339,22 @@ def test_wrong_shapes_are_refused(call, words):
 
 
 @every_place
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     capacity=st.integers(1, 60),
+    num_stacked=st.integers(1, 3),
+    values=st.sampled_from([2, 256]),
+    chunk=st.integers(1, 20),
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=10),
     data=st.data(),
 )
-def test_save_and_load_continue_as_if_nothing_had_been(place, capacity, lengths, data, tmp_path_factory):
+def test_save_and_load_continue_as_if_nothing_had_been(
+    place, capacity, num_stacked, values, chunk, lengths, data, tmp_path_factory
+):
     folder = tmp_path_factory.mktemp("replay")
-    replay, naive = make_both(capacity, place=place)
-    episodes = Episodes(0, 3)
+    shape = (1, 1, 1) if values == 2 else (3, 2, 2)  # few different frames are often equal by chance
+    replay, naive = make_both(capacity, num_stacked, shape=shape, place=place)
+    episodes = Episodes(0, num_stacked, shape, values)
     for length in lengths:
         for transition in episodes.play(length):
             replay.add(*transition)
@@ -319,16 +363,17 @@ def test_save_and_load_continue_as_if_nothing_had_been(place, capacity, lengths,
                 replay.sample()
         action = data.draw(st.sampled_from(["nothing", "save", "load"]))
         if action != "nothing":
-            replay.save(folder)
+            with mock.patch.object(replay_buffer, "_MAX_CHUNK", chunk):
+                replay.save(folder)
+            assert {path.name for path in folder.iterdir()} == {"replay.json", *(c.name for c in replay._chunks)}
         if action == "load":
-            loaded, _ = make_both(capacity, place=place)
+            loaded, _ = make_both(capacity, num_stacked, shape=shape, place=place)
             loaded.load(folder)
             assert (loaded.oldest, loaded.transitions_added) == (replay.oldest, replay.transitions_added)
+            assert loaded.frames_added == replay.frames_added
             assert torch.equal(loaded.sample()[0], replay.sample()[0])
             replay = loaded
         assert_same(replay, naive)
-    saved = {path.name for path in folder.iterdir()} - {"replay.json"}
-    assert saved == {chunk.name for chunk in replay._chunks}
 
 
 def saved_replay(folder):
@@ -384,6 +429,67 @@ def test_a_large_save_is_cut_into_chunks(tmp_path, monkeypatch):
     loaded, _ = make_both(25)
     loaded.load(tmp_path)
     assert_same(loaded, naive)
+
+
+def test_a_failed_save_leaves_the_last_one_good_and_no_litter(tmp_path, monkeypatch):
+    """A chunk or the index cannot be written: the last save stays, and the next one tidies up."""
+    replay = saved_replay(tmp_path)
+    fsync = os.fsync
+    for failing in (1, 2):
+        for transition in Episodes(failing, 3).play(5):
+            replay.add(*transition)
+        written = []
+
+        def fail(descriptor, written=written, failing=failing):
+            written.append(descriptor)
+            if len(written) == failing:
+                raise OSError("no space left on device")
+            fsync(descriptor)
+
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+            patch.setattr(os, "fsync", fail)
+            replay.save(tmp_path)
+        loaded, _ = make_both(100)
+        loaded.load(tmp_path)
+        assert loaded.transitions_added == 60
+    replay.save(tmp_path)
+    names = ["0_10.pt", "10_30.pt", "30_60.pt", "60_70.pt", "replay.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_a_refused_transition_leaves_no_trace():
+    replay, naive = make_both(10)
+    for transition in Episodes(0, 3).play(20):
+        replay.add(*transition)
+        naive.add(*transition)
+        with pytest.raises(ValueError, match="observations of shape"):
+            replay.add(transition[0] + 1, transition[1], 0.0, np.zeros((9, 3, 3), np.uint8), False)
+    assert_same(replay, naive)
+
+
+def test_every_bit_of_a_state():
+    replay = ReplayBuffer((1,), (1,), 4, 8, "cpu")
+    for value, following in ((0.0, -0.0), (-0.0, 0.0), (float("nan"), 1.0)):
+        replay.add(np.full(1, value), np.zeros(1), 0.0, np.full(1, following), False)
+    obs, _, _, next_obs, _ = replay.gather(np.arange(3))
+    assert torch.signbit(obs).flatten().tolist()[:2] == [False, True]
+    assert torch.signbit(next_obs).flatten().tolist()[:2] == [True, False]
+    assert torch.isnan(obs[2])
+
+
+def test_folders_and_names(tmp_path, monkeypatch):
+    """A folder is the same by whatever path; a replay may come back to its own."""
+    replay = saved_replay(tmp_path / "a")
+    replay.save(tmp_path / "b")
+    replay.save(tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    replay.save("a")
+    loaded, _ = make_both(100)
+    loaded.load("a")
+    assert len(loaded) == 60
+    other = ReplayBuffer((9, 2, 2), (5,), 100, 8, "cpu")
+    with pytest.raises(ValueError, match="shapes"):
+        other.load("a")
 
 
 def test_a_killed_save_leaves_the_last_one_good(tmp_path):
