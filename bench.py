@@ -110,12 +110,12 @@ def transitions(count: int, obs_shape: tuple[int, ...] = OBS_SHAPE) -> Iterator[
         stack = following
 
 
-def make_agents(kind: str) -> tuple[SacAeAgent, PlainAgent, tuple[int, ...]]:
+def make_agents(kind: str, precision: str | None = None) -> tuple[SacAeAgent, PlainAgent, tuple[int, ...]]:
     """The agent and its plain twin with the same parameters, and the shape of what they observe."""
     set_seed_everywhere(1)
     obs_shape = OBS_SHAPE if kind == "pixel" else STATE_SHAPE
     types = "pixel" if kind == "pixel" else "identity"
-    agent = SacAeAgent(obs_shape, ACTION_SHAPE, DEVICE, encoder_type=types, decoder_type=types)
+    agent = SacAeAgent(obs_shape, ACTION_SHAPE, DEVICE, encoder_type=types, decoder_type=types, precision=precision)
     decoder = None if agent.decoder is None else agent.decoder.state_dict()
     return agent, PlainAgent(agent.actor.state_dict(), agent.critic.state_dict(), decoder), obs_shape
 
@@ -168,27 +168,27 @@ def bench_fill(capacity: int) -> None:
 def bench_update(kind: str, rounds: int) -> Results:
     """Two updates, one of them with the actor, a batch from the replay for each included."""
     agent, plain, obs_shape = make_agents(kind)
-    replays = [
-        ReplayBuffer(obs_shape, ACTION_SHAPE, 2000, BATCH_SIZE, DEVICE, frames_device=DEVICE),
-        PlainReplay(obs_shape, ACTION_SHAPE, 2000, BATCH_SIZE, DEVICE),
-    ]
+    half, _, _ = make_agents(kind, precision="bf16")
+    replay = ReplayBuffer(obs_shape, ACTION_SHAPE, 2000, BATCH_SIZE, DEVICE, frames_device=DEVICE)
+    plain_replay = PlainReplay(obs_shape, ACTION_SHAPE, 2000, BATCH_SIZE, DEVICE)
     for transition in transitions(2000, obs_shape):
-        for replay in replays:
-            replay.add(*transition)
+        replay.add(*transition)
+        plain_replay.add(*transition)
 
-    def updates() -> None:
+    def updates(agent: SacAeAgent) -> None:
         for step in range(2):
-            agent.update(replays[0], Silent(), step)
+            agent.update(replay, Silent(), step)
 
     def plain_updates() -> None:
         for step in range(2):
-            plain.update(replays[1].sample(), step)
+            plain.update(plain_replay.sample(), step)
 
-    times = interleaved({"this": updates, "plain": plain_updates}, rounds, warmup=2)
+    calls = {"this": functools.partial(updates, agent), "this, bf16": functools.partial(updates, half)}
+    times = interleaved(calls | {"plain": plain_updates}, rounds, warmup=2)
     per_update = {name: [seconds / 2 for seconds in values] for name, values in times.items()}
     result = show(f"Update, {kind}: mean of one with the actor and one without", per_update, "plain")
     with FlopCounterMode(display=False) as counter:
-        updates()
+        updates(agent)
     result["floor"] = floor(agent, counter.get_total_flops() / 2, result["this"]["median_us"])
     return result
 

@@ -33,7 +33,7 @@ class PixelDecoder(nn.Module):
         hidden = hidden.view(-1, self.num_filters, self.in_height, self.in_width)
         for deconv in self.deconvs[:-1]:
             hidden = torch.relu(deconv(hidden))
-        return self.deconvs[-1](hidden)
+        return self.deconvs[-1](hidden).to(feature.dtype)  # under autocast it is bfloat16
 
 
 def make_decoder(

@@ -74,7 +74,8 @@ class PixelEncoder(nn.Module):
         """The rest of `forward`, from the output (B, flat) of `forward_conv`."""
         if detach:
             hidden = hidden.detach()
-        return torch.tanh(self.ln(self.fc(hidden)))
+        # Under autocast, too, LayerNorm and what follows compute in the weights' own precision.
+        return torch.tanh(self.ln(self.fc(hidden).to(self.ln.weight.dtype)))
 
     def copy_conv_weights_from(self, source: Any) -> None:
         """Makes the convolutions the very parameters of `source`; linear and LayerNorm stay this encoder's own."""

@@ -166,6 +166,11 @@ def make_parser() -> OneLineParser:
     group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=1, help="of everything random")
     group.add_argument("--work_dir", default="./log", help="folder of the run's files, which must not hold a run")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where networks live")
+    group.add_argument(
+        "--precision",
+        choices=["fp32", "tf32", "bf16"],
+        help="of layers; None is PyTorch's own choice: fp32, but tf32 in convolutions where a GPU has it",
+    )
     group.add_argument("--save_tb", action="store_true", help="write TensorBoard events to work_dir/tb")
     group.add_argument("--save_model", action="store_true", help="save the networks at evaluations to work_dir/model")
     group.add_argument("--save_buffer", action="store_true", help="save the replay at evaluations to work_dir/buffer")

@@ -136,6 +136,33 @@ def test_uint8_and_floating_observations_are_the_same():
     assert results[0] == results[1] == results[2]
 
 
+def test_bfloat16_stays_near_float32_and_keeps_what_must_be_exact():
+    """Layers in bfloat16; weights, optimisers, densities, targets and losses in float32."""
+    case = golden.load_case("pixel")["case"] | {"updates": 2}
+    losses = []
+    for precision in (None, "bf16"):
+        rs = np.random.RandomState(case["seed"])
+        agent = golden.make_agent(case, precision=precision)
+        golden.draw_parameters(agent, rs)
+        for name in ("actor", "critic", "critic_target", "decoder"):
+            getattr(agent, name).float()
+        losses.append(agent_updates(agent, case, rs))
+    for loss, want in zip(losses[1], losses[0], strict=True):
+        assert loss == pytest.approx(want, rel=0.15)  # three digits a layer, and alpha's loss is a small difference
+        assert loss != want
+    obs = torch.randint(0, 256, (4, 9, 84, 84)).float()
+    with agent.autocast():
+        assert agent.critic.encoder.forward_conv(obs).dtype == torch.bfloat16
+        feature = agent.critic.encoder(obs)
+        outputs = [feature, *agent.actor(obs), *agent.critic(obs, torch.zeros(4, 3)), agent.decoder(feature)]
+    assert {output.dtype for output in outputs} == {torch.float32}
+    for optimizer in (agent.critic_optimizer, agent.actor_optimizer, agent.encoder_optimizer, agent.decoder_optimizer):
+        for parameter, state in optimizer.state.items():
+            assert {parameter.dtype, state["exp_avg"].dtype, state["exp_avg_sq"].dtype} == {torch.float32}
+    with pytest.raises(ValueError, match="unknown precision"):
+        golden.make_agent(case, precision="fp16")
+
+
 def test_float32_agent_stays_near_the_float64_one():
     case = golden.load_case("pixel")["case"] | {"updates": 4}
     rs = np.random.RandomState(case["seed"])

@@ -314,6 +314,7 @@ def test_a_bad_action_stops_the_run(tmp_path, monkeypatch, capsys):
         ("--encoder_type vit", "--encoder_type: invalid choice: 'vit'"),
         ("--replay_buffer_capacity 127", "at least batch_size"),
         ("--device cuda:77", "there is no device cuda:77 here"),
+        ("--precision fp16", "--precision: invalid choice: 'fp16'"),
         ("--replay_device cuda --device cpu", "replay_device cuda needs a GPU"),
         (
             "--replay_buffer_capacity 99999999 --num_train_steps 99999999",
@@ -425,7 +426,7 @@ def test_published_defaults():
         "encoder_lr": 1e-3, "encoder_tau": 0.05, "decoder_type": "pixel", "decoder_lr": 1e-3, "decoder_update_freq": 1,
         "decoder_latent_lambda": 1e-6, "decoder_weight_lambda": 1e-7, "num_layers": 4, "num_filters": 32,
         "discount": 0.99, "init_temperature": 0.1, "alpha_lr": 1e-4, "alpha_beta": 0.5, "seed": 1,
-        "work_dir": "./log", "replay_device": "auto",
+        "work_dir": "./log", "replay_device": "auto", "precision": None,
         "save_tb": False, "save_model": False, "save_buffer": False, "save_video": False,
         "domain_name": "cheetah", "task_name": "run", "agent": "sac_ae",
         "device": "cuda" if torch.cuda.is_available() else "cpu",
@@ -483,7 +484,7 @@ def test_every_agent_flag_reaches_the_agent(monkeypatch):
     monkeypatch.setattr(train.inspect, "signature", lambda _: original)
     parser = train.make_parser()
     names = [name for name in original.parameters if name not in ("self", "obs_shape", "action_shape", "device")]
-    assert len(names) == 25
+    assert len(names) == 26
     args = parser.parse_args([])
     for index, name in enumerate(names):  # values that are nobody's default
         setattr(args, name, 1000 + index)
