@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -24,6 +25,7 @@ import psutil
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from evaluation import SideBySide
 from sac_ae import SacAeAgent
 from utils import ReplayBuffer, eval_mode, set_seed_everywhere
 
@@ -256,6 +258,39 @@ def bench_env(rounds: int) -> Results:
     return result
 
 
+def bench_evaluation(rounds: int) -> Results:
+    """An evaluation of ten short episodes from pixels: side by side, and one after the other."""
+    length, workers = 25, min(10, os.cpu_count() or 1)
+    with tempfile.TemporaryDirectory() as folder:
+        run = make_run("pixel", folder, 1000)
+        _, plain, _ = make_agents("pixel")
+        make_env = functools.partial(train.make_env, run.args, 1)
+        env, groups = make_env(), {workers: SideBySide(make_env, 10, workers), 1: SideBySide(make_env, 10, 1)}
+
+        def evaluate(envs: SideBySide) -> None:
+            obs = envs.reset(range(10))
+            for _ in range(length):
+                with eval_mode(run.agent):
+                    obs, _, _ = envs.step(run.agent.select_actions(obs))
+
+        def plain_evaluate() -> None:
+            for seed in range(10):
+                obs, _ = env.reset(seed=seed)
+                for _ in range(length):
+                    with torch.no_grad():
+                        batch = torch.as_tensor(obs, dtype=torch.float32, device=DEVICE).unsqueeze(0)
+                        action = policy(plain.actor, batch)[0].squeeze(0).cpu().numpy()
+                    obs, _, _, _, _ = env.step(action)
+
+        calls = {f"{count} processes": functools.partial(evaluate, envs) for count, envs in groups.items()}
+        times = interleaved(calls | {"plain": plain_evaluate}, rounds, warmup=1)
+        for envs in groups.values():
+            envs.close()
+        env.close()
+        run.close()
+    return show(f"Evaluation: ten episodes of {length} decisions", times, "plain")
+
+
 def bench_train(kind: str, rounds: int) -> Results:
     """A decision of the whole loop, update and environment included, without evaluation."""
     with tempfile.TemporaryDirectory() as folder:
@@ -313,7 +348,9 @@ def machine() -> Results:
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["replay", "update", "act", "env", "train", "all"], help="what to measure")
+    parser.add_argument(
+        "command", choices=["replay", "update", "act", "env", "eval", "train", "all"], help="what to measure"
+    )
     parser.add_argument("--kind", choices=["pixel", "state"], help="observations; default: both")
     parser.add_argument("--rounds", type=int, help="repetitions; default: as many as the machine does in minutes")
     parser.add_argument("--capacity", type=int, default=10_000, help="transitions of the replay")
@@ -339,6 +376,8 @@ def main() -> None:
             results[f"train_{kind}"] = bench_train(kind, rounds)
     if args.command in ("env", "all"):
         results["env"] = bench_env(args.rounds or 100)
+    if args.command in ("eval", "all"):
+        results["eval"] = bench_evaluation(args.rounds or 5)
     if args.out:
         Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
 

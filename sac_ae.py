@@ -174,9 +174,9 @@ class SacAeAgent:
     With `decoder_type="identity"` there is no decoder (the paper's SAC:pixel); with `encoder_type="identity"` too
     observations are state vectors (SAC:state). Frequencies count decisions, not environment steps.
 
-    With `precision="bf16"` layers compute in bfloat16 (autocast); weights, optimisers, LayerNorm, densities, targets and
-    losses stay in float32. `fp32` and `tf32` set PyTorch's global switches for products and convolutions on a GPU; None
-    leaves them as they are, which by default means TF32 in convolutions only.
+    With `precision="bf16"` layers compute in bfloat16 (autocast); weights, optimisers, LayerNorm, densities, targets
+    and losses stay in float32. `fp32` and `tf32` set PyTorch's global switches for products and convolutions on a GPU;
+    None leaves them as they are, which by default means TF32 in convolutions only.
 
     Raises:
         ValueError: types or sizes that do not fit together, or an unknown precision.
@@ -282,11 +282,15 @@ class SacAeAgent:
 
     def select_action(self, obs: np.ndarray) -> np.ndarray:
         """The policy's mean action (A,) for one observation: evaluation."""
+        return self._act(obs[None], sample=False)[0]
+
+    def select_actions(self, obs: np.ndarray) -> np.ndarray:
+        """Mean actions (N, A) for observations (N, ...)."""
         return self._act(obs, sample=False)
 
     def sample_action(self, obs: np.ndarray) -> np.ndarray:
         """An action (A,) drawn from the policy for one observation: training."""
-        return self._act(obs, sample=True)
+        return self._act(obs[None], sample=True)[0]
 
     def autocast(self) -> torch.autocast:
         """Within it, layers compute in bfloat16 if that is the agent's precision."""
@@ -294,10 +298,10 @@ class SacAeAgent:
 
     @torch.no_grad()
     def _act(self, obs: np.ndarray, sample: bool) -> np.ndarray:
-        batch = torch.as_tensor(obs, device=self.device).unsqueeze(0)
+        batch = torch.as_tensor(obs, device=self.device)
         with self.autocast():
             mu, pi, _, _ = self.actor(self._floating(batch), compute_pi=sample, compute_log_pi=False)
-        return (pi if sample else mu).squeeze(0).cpu().numpy()
+        return (pi if sample else mu).cpu().numpy()
 
     def _floating(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype)

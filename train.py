@@ -16,12 +16,13 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 import argparse
 import difflib
+import functools
 import inspect
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,6 +33,7 @@ from tqdm import tqdm
 
 import dmc2gym
 from encoder import conv_output_shape
+from evaluation import SideBySide
 from logger import Logger, NonFiniteLossError
 from memory import place_replay
 from sac_ae import SacAeAgent
@@ -134,6 +136,12 @@ def make_parser() -> OneLineParser:
     group = parser.add_argument_group("evaluation")
     group.add_argument("--eval_freq", type=COUNT, default=10_000, help="decisions between evaluations")
     group.add_argument("--num_eval_episodes", type=COUNT, default=10, help="episodes in an evaluation")
+    group.add_argument(
+        "--eval_workers",
+        type=COUNT,
+        default=os.cpu_count() or 1,
+        help="processes that play them, at most one an episode; 1 plays them in the training process",
+    )
 
     group = parser.add_argument_group("critic")
     group.add_argument("--critic_lr", type=RATE, default=1e-3, help="learning rate")
@@ -286,12 +294,10 @@ class Run:
         self.args = args
         self.work_dir = Path(args.work_dir)
         self.env = make_env(args, args.seed)
-        self.eval_env = make_env(args, args.seed)  # reseeded at every episode
         self.episode = 0
         self.renderer = ("none", False)
         if args.encoder_type == "pixel" or args.save_video:
-            for env in (self.env, self.eval_env):
-                env.unwrapped.render()  # whatever cannot be drawn must show before anything is written
+            self.env.unwrapped.render()  # whatever cannot be drawn must show before anything is written
             self.renderer = self.env.unwrapped.renderer
         obs_shape = self.env.observation_space.shape
         action_shape = self.env.action_space.shape
@@ -355,6 +361,9 @@ class Run:
         make_dir(self.work_dir)
         (self.work_dir / "args.json").write_text(json.dumps(vars(self.args), indent=4, sort_keys=True) + "\n")
         self.logger = Logger(self.work_dir, use_tb=self.args.save_tb)
+        # Their own seed does not matter: every episode brings one.
+        make_eval_env = functools.partial(make_env, self.args, self.args.seed)
+        self.eval_envs = SideBySide(make_eval_env, self.args.num_eval_episodes, self.args.eval_workers)
 
     def train(self) -> None:
         """Runs the loop of a run that is open.
@@ -414,7 +423,7 @@ class Run:
         """The action, if it is one; else NonFiniteLossError, if possible with the name of the loss that diverged."""
         if not np.isfinite(action).all():
             self.logger.check_losses()
-            raise NonFiniteLossError(f"the policy's action became {action} at step {step}: the run has diverged")
+            raise NonFiniteLossError(f"the policy's action is no number at step {step}: the run has diverged")
         return action
 
     def log_episode(self, step: int) -> None:
@@ -428,31 +437,33 @@ class Run:
         self.logger.dump(step)
 
     def evaluate(self, step: int) -> None:
-        """Plays `num_eval_episodes` episodes with mean actions, in an environment and with seeds of their own."""
-        args, env, seen = self.args, self.eval_env, []
-        start_time, decisions = time.perf_counter(), 0
-        for episode in progress(args.num_eval_episodes, "evaluation"):
-            self.video.init(enabled=episode == 0)
-            obs, _ = env.reset(seed=self.evaluation_seed(step, episode))
-            self.video.record(env)
-            done, episode_reward = False, 0.0
-            while not done:
-                if args.save_tb and episode == 0:
-                    seen.append(obs)
+        """Plays `num_eval_episodes` episodes with mean actions, in environments and with seeds of their own."""
+        args, envs, seen = self.args, self.eval_envs, []
+        start_time = time.perf_counter()
+        self.video.init(enabled=True)
+        obs = envs.reset([self.evaluation_seed(step, episode) for episode in range(args.num_eval_episodes)])
+        self.video.record(envs)
+        returns, lengths = np.zeros(args.num_eval_episodes), np.zeros(args.num_eval_episodes)
+        over = np.zeros(args.num_eval_episodes, dtype=bool)
+        with progress(math.ceil(EPISODE_LENGTH / args.action_repeat), "evaluation") as bar:
+            while not over.all():
+                if args.save_tb and not over[0]:
+                    seen.append(obs[0])
                 with eval_mode(self.agent):
-                    action = self.finite(self.agent.select_action(obs), step)
-                obs, reward, terminated, truncated, _ = env.step(action)
-                self.video.record(env)
-                done = terminated or truncated
-                episode_reward += reward
-                decisions += 1
-            if episode == 0:
-                self.save_video(step)
-            self.logger.log("eval/episode_reward", episode_reward, step)
+                    actions = self.finite(self.agent.select_actions(obs), step)
+                lengths += ~over
+                record = not over[0]
+                obs, rewards, over = envs.step(actions)
+                if record:
+                    self.video.record(envs)
+                returns += rewards
+                bar.update()
+        self.save_video(step)
         duration = time.perf_counter() - start_time
+        self.logger.log("eval/episode_reward", returns.sum(), step, n=len(returns))
         self.logger.log("eval/duration", duration, step)
         self.logger.log("eval/environment_steps", step * args.action_repeat, step)
-        self.logger.log("eval/decisions_per_second", decisions / duration, step)
+        self.logger.log("eval/decisions_per_second", lengths.sum() / duration, step)
         self.logger.dump(step)
         if args.save_tb:
             self.log_networks(np.stack(seen[:: max(1, len(seen) // 8)][:8]), step)
@@ -507,11 +518,11 @@ class Run:
     def close(self) -> None:
         """Frees environments and logs."""
         self.env.close()
-        self.eval_env.close()
+        self.eval_envs.close()
         self.logger.close()
 
 
-def progress(count: int, name: str) -> Iterable[int]:
+def progress(count: int, name: str) -> tqdm:
     """Counts, with a bar on stderr if that is a terminal; the bar is gone before a line is printed."""
     return tqdm(range(count), desc=name, leave=False, disable=None)
 

@@ -34,7 +34,7 @@ LINE = {
 SMALL = (
     "--domain_name cartpole --task_name swingup --action_repeat 8 --image_size 32 --num_layers 2 --num_filters 8 "
     "--hidden_dim 32 --batch_size 8 --init_steps 25 --num_train_steps 60 --eval_freq 40 --num_eval_episodes 2 "
-    "--device cpu"
+    "--device cpu --eval_workers 1"
 ).split()
 METHODS = {
     "sac_ae": [],
@@ -118,7 +118,7 @@ def run_toy(tmp_path, monkeypatch, make_env, *flags, name="log"):
     monkeypatch.setattr(train, "make_env", stacked)
     small = "--num_layers 2 --num_filters 2 --hidden_dim 8 --batch_size 4 --num_eval_episodes 1 --image_size 16"
     args = train.make_parser().parse_args(
-        [*small.split(), *flags, "--device", "cpu", "--work_dir", str(tmp_path / name)]
+        [*small.split(), *flags, "--device", "cpu", "--eval_workers", "1", "--work_dir", str(tmp_path / name)]
     )
     run = train.Run(args)
     run.open()
@@ -170,7 +170,7 @@ def test_order_of_the_loop(tmp_path, monkeypatch):
     noting(CountingEnv, "step", lambda env, action: "step")
     flags = "--num_train_steps 9 --init_steps 6 --eval_freq 1000".split()
     run_toy(tmp_path, monkeypatch, lambda: CountingEnv(limit=20), *flags)
-    events = events[20:]  # the first evaluation's episode, at most
+    events = events[20:]  # of the first evaluation's episode
     events = events[events.index("add") - 1 :]
     want = ["step", "add"] * 6
     want += ["policy"] + [("update", 6, 6)] * 6 + ["step", "add"]
@@ -252,7 +252,7 @@ def test_times(tmp_path, monkeypatch):
     for record in read_log(tmp_path / "log" / "train.log"):
         assert (record["duration"], record["decisions_per_second"]) == (2.0, 2.0)
     for record in read_log(tmp_path / "log" / "eval.log"):
-        assert (record["duration"], record["decisions_per_second"]) == (4.0, 2.0)
+        assert (record["duration"], record["decisions_per_second"]) == (4.0, 2.0)  # two episodes, one after the other
 
 
 class PoisonedEnv(BarEnv):
@@ -266,6 +266,7 @@ class PoisonedEnv(BarEnv):
 def test_a_bad_loss_stops_the_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "make_env", lambda args, seed: FrameStack(PoisonedEnv(), 3))
     flags = "--num_layers 2 --num_filters 2 --hidden_dim 8 --batch_size 4 --image_size 24 --init_steps 30 --device cpu"
+    flags += " --eval_workers 1"
     for steps in ("100", "32"):  # found when the policy acts, and at the run's end
         command = [*flags.split(), "--num_train_steps", steps, "--work_dir", str(tmp_path / steps), "--save_model"]
         assert train.main(command) == 1
@@ -277,14 +278,15 @@ def test_a_bad_loss_stops_the_run(tmp_path, monkeypatch, capsys):
 def test_a_bad_action_stops_the_run(tmp_path, monkeypatch, capsys):
     """Losses can stay finite while the policy does not; in training and in evaluation alike."""
     nan = np.full(1, np.nan, np.float32)
-    for name, step in (("sample_action", 30), ("select_action", 0)):
+    for name, step in (("sample_action", 30), ("select_actions", 0)):
         with monkeypatch.context() as patch:
             patch.setattr(train, "make_env", lambda args, seed: FrameStack(BarEnv(), 3))
             patch.setattr(train.SacAeAgent, name, lambda agent, obs: nan)
             flags = "--num_layers 2 --num_filters 2 --hidden_dim 8 --batch_size 4 --image_size 24 --init_steps 30"
+            flags += " --eval_workers 1"
             command = [*flags.split(), "--num_train_steps", "50", "--device", "cpu", "--work_dir", str(tmp_path / name)]
             assert train.main(command) == 1
-        assert f"action became [nan] at step {step}: the run has diverged" in capsys.readouterr().err
+        assert f"action is no number at step {step}: the run has diverged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -427,6 +429,7 @@ def test_published_defaults():
         "decoder_latent_lambda": 1e-6, "decoder_weight_lambda": 1e-7, "num_layers": 4, "num_filters": 32,
         "discount": 0.99, "init_temperature": 0.1, "alpha_lr": 1e-4, "alpha_beta": 0.5, "seed": 1,
         "work_dir": "./log", "replay_device": "auto", "precision": None,
+        "eval_workers": os.cpu_count(),
         "save_tb": False, "save_model": False, "save_buffer": False, "save_video": False,
         "domain_name": "cheetah", "task_name": "run", "agent": "sac_ae",
         "device": "cuda" if torch.cuda.is_available() else "cpu",
@@ -451,7 +454,6 @@ def test_first_lines(tmp_path):
     run.args.init_steps = 60
     assert list(run.describe())[-1].startswith("note: nothing will be learned")
     run.env.close()
-    run.eval_env.close()
 
 
 @pytest.mark.parametrize(
@@ -475,7 +477,6 @@ def test_published_repeats(task, repeat):
         noted = any(line.startswith("note: the published") for line in run.describe())
         assert noted == (repeat is not None and chosen != repeat)
         run.env.close()
-        run.eval_env.close()
 
 
 def test_every_agent_flag_reaches_the_agent(monkeypatch):

@@ -1,0 +1,142 @@
+"""Episodes played side by side: some environments here, or spread over processes of their own.
+
+All take a step together, so that one call of the policy serves them all. Episode i is row i of that call's batch,
+whatever the number of processes, and so always gets the same actions.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+Steps = list[tuple[np.ndarray, float, bool]]  # observation, reward, whether the episode is over
+
+
+class _Group:
+    """Some environments in this process."""
+
+    def __init__(self, make_env: Callable[[], Any], count: int):
+        self._envs = [make_env() for _ in range(count)]
+
+    def reset(self, seeds: Sequence[int]) -> Steps:
+        return [(env.reset(seed=seed)[0], 0.0, False) for env, seed in zip(self._envs, seeds, strict=True)]
+
+    def step(self, actions: Sequence[np.ndarray | None]) -> list[tuple[np.ndarray, float, bool] | None]:
+        """None where the action is None."""
+        return [
+            None if action is None else self._step(env, action) for env, action in zip(self._envs, actions, strict=True)
+        ]
+
+    def _step(self, env: Any, action: np.ndarray) -> tuple[np.ndarray, float, bool]:
+        obs, reward, terminated, truncated, _ = env.step(action)
+        return obs, reward, terminated or truncated
+
+    def render(self, kwargs: dict[str, Any]) -> np.ndarray:
+        return self._envs[0].render(**kwargs)
+
+    def close(self) -> None:
+        for env in self._envs:
+            env.close()
+
+    # The two halves of a call, as `_RemoteGroup` has them.
+    def start(self, method: str, *args: Any) -> None:
+        self._result = getattr(self, method)(*args)
+
+    def finish(self) -> Any:
+        return self._result
+
+
+class _RemoteGroup:
+    """The same in a process of its own, which ends with this one, however this one ends."""
+
+    def __init__(self, make_env: Callable[[], Any], count: int):
+        # Spawned: a fork after the first rendered frame hangs.
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, make_env, count), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def start(self, method: str, *args: Any) -> None:
+        self._pipe.send((method, args))
+
+    def finish(self) -> Any:
+        try:
+            error, result = self._pipe.recv()
+        except EOFError:
+            raise RuntimeError("a process that plays evaluation episodes has died") from None
+        if error is not None:
+            raise error
+        return result
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join()
+
+
+def _serve(pipe: Connection, make_env: Callable[[], Any], count: int) -> None:
+    """Answers a `_RemoteGroup` until its end of the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the training process decides what an interrupt means
+    group = _Group(make_env, count)
+    while True:
+        try:
+            method, args = pipe.recv()
+        except EOFError:
+            break
+        try:
+            pipe.send((None, getattr(group, method)(*args)))
+        except Exception as error:  # raised again where it was asked for
+            pipe.send((error, None))
+    group.close()
+
+
+class SideBySide:
+    """A fixed number of environments that take steps together.
+
+    Args:
+        make_env: makes one of them; picklable if there are processes.
+        num_envs: how many.
+        num_workers: processes they are spread over, at most one for each; 1 means none but this.
+    """
+
+    def __init__(self, make_env: Callable[[], Any], num_envs: int, num_workers: int):
+        self.num_envs = num_envs
+        num_groups = min(num_workers, num_envs)
+        self._slices = np.array_split(np.arange(num_envs), num_groups)
+        kind = _RemoteGroup if num_groups > 1 else _Group
+        self._groups = [kind(make_env, len(part)) for part in self._slices]
+
+    def _call(self, method: str, arguments: Sequence[Any]) -> list[Any]:
+        for group, part in zip(self._groups, self._slices, strict=True):
+            group.start(method, [arguments[index] for index in part])
+        return [result for group in self._groups for result in group.finish()]
+
+    def reset(self, seeds: Sequence[int]) -> np.ndarray:
+        """First observations (N, ...) of the episodes of these seeds."""
+        self._over = np.zeros(self.num_envs, dtype=bool)
+        self._obs = np.stack([obs for obs, _, _ in self._call("reset", seeds)])
+        return self._obs.copy()
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Observations (N, ...), rewards (N,) and which episodes are over (N,); those that were stay as they are."""
+        going = [None if over else action for action, over in zip(actions, self._over, strict=True)]
+        rewards = np.zeros(self.num_envs)
+        for index, result in enumerate(self._call("step", going)):
+            if result is not None:
+                self._obs[index], rewards[index], self._over[index] = result
+        return self._obs.copy(), rewards, self._over.copy()
+
+    def render(self, **kwargs: Any) -> np.ndarray:
+        """A picture of the first environment."""
+        self._groups[0].start("render", kwargs)
+        return self._groups[0].finish()
+
+    def close(self) -> None:
+        """Closes the environments and ends their processes."""
+        for group in self._groups:
+            group.close()

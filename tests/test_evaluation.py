@@ -1,0 +1,145 @@
+"""Episodes side by side: the same whatever the number of processes, which never outlive the run."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from test_train import SMALL, read_log, without_times
+
+import dmc2gym
+import train
+from evaluation import SideBySide
+
+ROOT = Path(__file__).parent.parent
+make_env = functools.partial(
+    dmc2gym.make, "cartpole", "swingup", from_pixels=True, height=16, width=16, frame_skip=8, episode_length=80
+)
+
+
+def play(envs, seeds, count=12):
+    """Observations, rewards and ends of some steps with actions that depend on what is seen."""
+    record = [envs.reset(seeds)]
+    for _ in range(count):
+        actions = np.sin(record[-1].reshape(len(seeds), -1).sum(axis=1, keepdims=True) if record else 0)
+        obs, rewards, over = envs.step(actions.astype(np.float32))
+        record += [rewards, over, obs]
+    return record
+
+
+@pytest.mark.parametrize("num_workers", [2, 3, 9])
+def test_processes_change_nothing(num_workers):
+    seeds = [[5, 6, 7], [8, 5, 9]]
+    here, there = SideBySide(make_env, 3, 1), SideBySide(make_env, 3, num_workers)
+    try:
+        for chosen in seeds:
+            for ours, theirs in zip(play(here, chosen), play(there, chosen), strict=True):
+                assert np.array_equal(ours, theirs)
+        picture = {"mode": "rgb_array", "height": 20, "width": 24, "camera_id": 1}
+        assert np.array_equal(here.render(**picture), there.render(**picture))
+    finally:
+        here.close()
+        there.close()
+
+
+def test_each_episode_is_the_one_of_its_seed():
+    envs, alone = SideBySide(make_env, 3, 1), make_env()
+    obs = envs.reset([4, 5, 6])
+    rewards = sum(envs.step(np.full((3, 1), 0.3))[1] for _ in range(10))
+    for index, seed in enumerate((4, 5, 6)):
+        assert np.array_equal(alone.reset(seed=seed)[0], obs[index])
+        assert sum(alone.step(np.full(1, 0.3))[1] for _ in range(10)) == rewards[index]
+    envs.close()
+    alone.close()
+
+
+class Countdown:
+    """Ends after as many steps as its seed says, and complains of any step after that."""
+
+    def reset(self, seed):
+        self.left = seed
+        return np.array([self.left]), {}
+
+    def step(self, action):
+        if self.left == 0:
+            raise RuntimeError("a step after the end")
+        self.left -= 1
+        return np.array([self.left]), 1.0, self.left == 0, False, {}
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_episodes_of_different_lengths(num_workers):
+    envs = SideBySide(Countdown, 3, num_workers)
+    envs.reset([1, 4, 2])
+    steps = [envs.step(np.zeros((3, 1))) for _ in range(4)]
+    assert [over.tolist() for _, _, over in steps] == [
+        [True, False, False], [True, False, True], [True, False, True], [True, True, True],
+    ]  # fmt: skip
+    assert sum(rewards for _, rewards, _ in steps).tolist() == [1, 4, 2]
+    assert steps[-1][0].tolist() == [[0], [0], [0]]
+    envs.close()
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_errors_arrive_where_they_are_asked_for(num_workers):
+    envs = SideBySide(make_env, 2, num_workers)
+    envs.reset([1, 2])
+    with pytest.raises(ValueError, match="actions are"):
+        envs.step(np.full((2, 1), 7.0))
+    envs.close()
+
+
+def test_a_dead_process_is_an_error():
+    envs = SideBySide(Countdown, 2, 2)
+    envs.reset([1, 2])
+    envs._groups[1]._process.kill()
+    envs._groups[1]._process.join()
+    with pytest.raises((RuntimeError, OSError)):
+        envs.step(np.zeros((2, 1)))
+    envs.close()
+
+
+def test_a_run_gives_the_same_with_processes(tmp_path, monkeypatch):
+    """The whole program: returns are equal to the last bit."""
+    flags = ["--num_train_steps", "30", "--init_steps", "25", "--eval_freq", "20", "--num_eval_episodes", "3"]
+    logs = []
+    for workers in ("1", "2"):
+        folder = tmp_path / workers
+        flags[-1] = "3"
+        assert (
+            train.main([*SMALL, *flags, "--eval_workers", workers, "--action_repeat", "200", "--work_dir", str(folder)])
+            == 0
+        )
+        logs.append([without_times(read_log(folder / f"{section}.log")) for section in ("train", "eval")])
+    assert logs[0] == logs[1]
+    assert len(logs[0][1]) == 2
+
+
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT, None])
+def test_no_process_outlives_the_run(tmp_path, ending):
+    flags = [*SMALL, "--eval_workers", "2", "--num_train_steps", "30" if ending is None else "100000"]
+    command = [sys.executable, "train.py", *flags, "--work_dir", str(tmp_path / "log")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("| eval"):
+            break
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len([child for child in children if "spawn_main" in " ".join(child.cmdline())]) == 2
+    if ending is not None:
+        os.kill(process.pid, ending)
+    process.communicate(timeout=120)
+    deadline = time.monotonic() + 20
+    while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children):
+        assert time.monotonic() < deadline, "a process outlives the run"
+        time.sleep(0.1)
