@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _LIBRARIES = {"egl": "libEGL.so.1", "osmesa": "libOSMesa.so.8"}
@@ -38,6 +41,19 @@ def check_display() -> None:
     displays = ("DISPLAY", "WAYLAND_DISPLAY")
     if os.environ.get("MUJOCO_GL") == "glfw" and sys.platform.startswith("linux") and not any(map(os.getenv, displays)):
         raise RendererError(f"MUJOCO_GL=glfw needs a display: unset it, or {INSTALL_HINT}")
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Holds Ctrl-C back: a renderer that is half made prints a traceback when Python tears it down."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def renderer_name(physics: Any) -> tuple[str, bool]:

@@ -13,7 +13,7 @@ import gym
 import numpy as np
 from gym.wrappers import TimeLimit
 
-from dmc2gym.rendering import INSTALL_HINT, RendererError, check_display, renderer_name
+from dmc2gym.rendering import INSTALL_HINT, RendererError, check_display, renderer_name, uninterrupted
 
 _UNLIMITED = 1e10  # dm_control's limit of an actuator without one (mjMAXVAL)
 
@@ -250,7 +250,9 @@ class DMCWrapper(gym.Env):
                 visual.offheight, visual.offwidth = max(height, visual.offheight), max(width, visual.offwidth)
                 if physics._contexts:
                     physics._free_rendering_contexts()
-            _ = physics.contexts
+            if not physics._contexts:
+                with uninterrupted():
+                    _ = physics.contexts
         except Exception as error:  # of many kinds, by backend and driver
             raise RendererError(f"no usable renderer ({error}): {INSTALL_HINT}") from error
 
