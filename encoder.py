@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 
 def conv_output_shape(height: int, width: int, num_layers: int) -> tuple[int, int]:
@@ -58,8 +59,11 @@ class PixelEncoder(nn.Module):
 
     def forward_conv(self, obs: Tensor) -> Tensor:
         """Pixels 0..255 (B, C, H, W), uint8 or floating, to the flat output (B, flat) of the last convolution."""
-        hidden = obs.to(self.fc.weight.dtype) / 255.0
-        for conv in self.convs:
+        # Pixels are scaled to [0, 1] by scaling the first kernels: the same product, without a pass over the images.
+        first, *others = self.convs
+        scaled = {"weight": first.weight / 255.0, "bias": first.bias}
+        hidden = torch.relu(functional_call(first, scaled, obs.to(self.fc.weight.dtype)))
+        for conv in others:
             hidden = torch.relu(conv(hidden))
         return hidden.flatten(1)
 

@@ -304,7 +304,8 @@ class SacAeAgent:
         return (pi if sample else mu).cpu().numpy()
 
     def _floating(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, self.dtype)
+        layout = torch.channels_last if tensor.dim() == 4 and self.device.type == "cpu" else torch.preserve_format
+        return tensor.to(self.device, self.dtype, memory_format=layout)
 
     def update(self, replay_buffer: TransitionSource, L: MetricLogger, step: int) -> Metrics:  # noqa: N803
         """One update of everything that is due at decision `step`, on one batch.
