@@ -60,10 +60,10 @@ class PixelEncoder(nn.Module):
     def forward_conv(self, obs: Tensor) -> Tensor:
         """Pixels 0..255 (B, C, H, W), uint8 or floating, to the flat output (B, flat) of the last convolution."""
         # Pixels are scaled to [0, 1] by scaling the first kernels: the same product, without a pass over the images.
-        first, *others = self.convs
-        scaled = {"weight": first.weight / 255.0, "bias": first.bias}
+        first = self.convs[0]
+        scaled = {"weight": first.get_parameter("weight") / 255.0, "bias": first.get_parameter("bias")}
         hidden = torch.relu(functional_call(first, scaled, obs.to(self.fc.weight.dtype)))
-        for conv in others:
+        for conv in self.convs[1:]:
             hidden = torch.relu(conv(hidden))
         return hidden.flatten(1)
 
