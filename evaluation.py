@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -51,6 +53,10 @@ class _Group:
         return self._result
 
 
+class WorkerError(RuntimeError):
+    """A process that plays evaluation episodes has failed or died."""
+
+
 class _RemoteGroup:
     """The same in a process of its own, which ends with this one, however this one ends."""
 
@@ -59,40 +65,69 @@ class _RemoteGroup:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, make_env, count), daemon=True)
-        self._process.start()
+        with _ignored_interrupts():
+            self._process.start()
         theirs.close()
 
     def start(self, method: str, *args: Any) -> None:
-        self._pipe.send((method, args))
+        try:
+            self._pipe.send((method, args))
+        except OSError:
+            raise WorkerError("a process that plays evaluation episodes has died") from None
 
     def finish(self) -> Any:
         try:
             error, result = self._pipe.recv()
-        except EOFError:
-            raise RuntimeError("a process that plays evaluation episodes has died") from None
+        except (EOFError, OSError):
+            raise WorkerError("a process that plays evaluation episodes has died") from None
         if error is not None:
-            raise error
+            raise WorkerError(f"an evaluation episode failed: {error}")
         return result
 
     def close(self) -> None:
         self._pipe.close()
+        self._process.join(timeout=5)
+        self._process.kill()
         self._process.join()
 
 
+@contextmanager
+def _ignored_interrupts() -> Iterator[None]:
+    """A process that is started ignores Ctrl-C from its first moment; this one decides what an interrupt means."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _serve(pipe: Connection, make_env: Callable[[], Any], count: int) -> None:
-    """Answers a `_RemoteGroup` until its end of the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the training process decides what an interrupt means
-    group = _Group(make_env, count)
-    while True:
-        try:
-            method, args = pipe.recv()
-        except EOFError:
-            break
-        try:
-            pipe.send((None, getattr(group, method)(*args)))
-        except Exception as error:  # raised again where it was asked for
-            pipe.send((error, None))
-    group.close()
+    """Answers a `_RemoteGroup` until its end of the pipe is closed. The first answer tells of the environments."""
+    group = None
+    try:
+        while True:
+            try:
+                if group is None:
+                    group, answer = _Group(make_env, count), None
+                else:
+                    method, args = pipe.recv()
+                    answer = getattr(group, method)(*args)
+            except (EOFError, ConnectionResetError):
+                raise
+            except Exception as error:  # told where it was asked for, as text: not every exception can be pickled
+                pipe.send((f"{type(error).__name__}: {error}", None))
+                if group is None:
+                    break
+            else:
+                pipe.send((None, answer))
+    except (OSError, EOFError):
+        pass  # the other process has closed the pipe, or is gone
+    finally:
+        if group is not None:
+            group.close()
 
 
 class SideBySide:
@@ -110,11 +145,24 @@ class SideBySide:
         self._slices = np.array_split(np.arange(num_envs), num_groups)
         kind = _RemoteGroup if num_groups > 1 else _Group
         self._groups = [kind(make_env, len(part)) for part in self._slices]
+        if num_groups > 1:
+            for group in self._groups:
+                group.finish()  # its environments are made
 
     def _call(self, method: str, arguments: Sequence[Any]) -> list[Any]:
         for group, part in zip(self._groups, self._slices, strict=True):
             group.start(method, [arguments[index] for index in part])
-        return [result for group in self._groups for result in group.finish()]
+        # Every group's answer is taken before any error is raised, or later calls would get answers to earlier ones.
+        answers: list[Any] = []
+        errors: list[WorkerError] = []
+        for group in self._groups:
+            try:
+                answers += group.finish()
+            except WorkerError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+        return answers
 
     def reset(self, seeds: Sequence[int]) -> np.ndarray:
         """First observations (N, ...) of the episodes of these seeds."""

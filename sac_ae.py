@@ -78,6 +78,18 @@ def mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
     )
 
 
+def run_mlp(layers: nn.Sequential, inputs: Tensor) -> Tensor:
+    """The MLP's output, its last layer computed in the weights' own precision under autocast, too.
+
+    bfloat16 has eight bits: values above 128 would be rounded to whole numbers, and rewards be lost in differences.
+    """
+    *hidden, last = layers
+    for layer in hidden:
+        inputs = layer(inputs)
+    with torch.autocast(inputs.device.type, enabled=False):
+        return last(inputs.to(last.get_parameter("weight").dtype))
+
+
 class Actor(nn.Module):
     """Policy: encoder, then an MLP to mean and log std of a tanh-squashed Gaussian."""
 
@@ -114,8 +126,7 @@ class Actor(nn.Module):
         self, feature: Tensor, compute_pi: bool = True, compute_log_pi: bool = True
     ) -> tuple[Tensor, Any, Any, Tensor]:
         """What `forward` returns, from features (B, D)."""
-        # Under autocast the layers compute in bfloat16, but densities and values in the features' precision.
-        mu, raw_log_std = self.trunk(feature).to(feature.dtype).chunk(2, dim=-1)
+        mu, raw_log_std = run_mlp(self.trunk, feature).chunk(2, dim=-1)
         # A smooth bound instead of a clamp: the gradient never vanishes altogether.
         log_std = self.log_std_min + 0.5 * (self.log_std_max - self.log_std_min) * (torch.tanh(raw_log_std) + 1)
         pi = log_pi = None
@@ -137,7 +148,7 @@ class QFunction(nn.Module):
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         """Features (B, D) and actions (B, A) to values (B, 1)."""
-        return self.trunk(torch.cat([obs, action], dim=1)).to(obs.dtype)
+        return run_mlp(self.trunk, torch.cat([obs, action], dim=1))
 
 
 class Critic(nn.Module):
@@ -293,8 +304,11 @@ class SacAeAgent:
         return self._act(obs[None], sample=True)[0]
 
     def autocast(self) -> torch.autocast:
-        """Within it, layers compute in bfloat16 if that is the agent's precision."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        """Within it, layers compute in bfloat16 if that is the agent's precision.
+
+        Without autocast's cache of cast weights: an update steps weights and then uses them again.
+        """
+        return torch.autocast(self.device.type, torch.bfloat16, self.precision == "bf16", cache_enabled=False)
 
     @torch.no_grad()
     def _act(self, obs: np.ndarray, sample: bool) -> np.ndarray:

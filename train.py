@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import dmc2gym
 from encoder import conv_output_shape
-from evaluation import SideBySide
+from evaluation import SideBySide, WorkerError
 from logger import Logger, NonFiniteLossError
 from memory import place_replay
 from sac_ae import SacAeAgent
@@ -139,8 +139,8 @@ def make_parser() -> OneLineParser:
     group.add_argument(
         "--eval_workers",
         type=COUNT,
-        default=os.cpu_count() or 1,
-        help="processes that play them, at most one an episode; 1 plays them in the training process",
+        default=1,
+        help="processes that play them, of some 0.5 GB each; 1 plays them in the training process",
     )
 
     group = parser.add_argument_group("critic")
@@ -358,12 +358,12 @@ class Run:
         Raises:
             OSError: the folder cannot be written.
         """
+        # Every episode brings its own seed; of `make_env`'s, only LQR's springs come.
+        make_eval_env = functools.partial(make_env, self.args, self.args.seed)
+        self.eval_envs = SideBySide(make_eval_env, self.args.num_eval_episodes, self.args.eval_workers)
         make_dir(self.work_dir)
         (self.work_dir / "args.json").write_text(json.dumps(vars(self.args), indent=4, sort_keys=True) + "\n")
         self.logger = Logger(self.work_dir, use_tb=self.args.save_tb)
-        # Their own seed does not matter: every episode brings one.
-        make_eval_env = functools.partial(make_env, self.args, self.args.seed)
-        self.eval_envs = SideBySide(make_eval_env, self.args.num_eval_episodes, self.args.eval_workers)
 
     def train(self) -> None:
         """Runs the loop of a run that is open.
@@ -448,7 +448,7 @@ class Run:
         with progress(math.ceil(EPISODE_LENGTH / args.action_repeat), "evaluation") as bar:
             while not over.all():
                 if args.save_tb and not over[0]:
-                    seen.append(obs[0])
+                    seen.append(obs[0].copy())
                 with eval_mode(self.agent):
                     actions = self.finite(self.agent.select_actions(obs), step)
                 lengths += ~over
@@ -534,7 +534,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run = Run(args)
         run.open()
-    except (ValueError, dmc2gym.RendererError, MemoryError, OSError) as error:
+    except (ValueError, dmc2gym.RendererError, WorkerError, MemoryError, OSError) as error:
         parser.error(str(error))
     except RuntimeError as error:
         if "allocate" not in str(error):  # how PyTorch says on CPU and GPU that memory does not suffice
@@ -546,7 +546,7 @@ def main(argv: list[str] | None = None) -> int:
         for line in run.describe():
             print(line, flush=True)
         run.train()
-    except (NonFiniteLossError, OSError) as error:
+    except (NonFiniteLossError, dmc2gym.RendererError, WorkerError, OSError) as error:
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more at exit
         print(f"{parser.prog}: error: {error}", file=sys.stderr)

@@ -17,7 +17,7 @@ from test_train import SMALL, read_log, without_times
 
 import dmc2gym
 import train
-from evaluation import SideBySide
+from evaluation import SideBySide, WorkerError
 
 ROOT = Path(__file__).parent.parent
 make_env = functools.partial(
@@ -29,7 +29,7 @@ def play(envs, seeds, count=12):
     """Observations, rewards and ends of some steps with actions that depend on what is seen."""
     record = [envs.reset(seeds)]
     for _ in range(count):
-        actions = np.sin(record[-1].reshape(len(seeds), -1).sum(axis=1, keepdims=True) if record else 0)
+        actions = np.sin(record[-1].reshape(len(seeds), -1).sum(axis=1, keepdims=True))
         obs, rewards, over = envs.step(actions.astype(np.float32))
         record += [rewards, over, obs]
     return record
@@ -94,10 +94,21 @@ def test_episodes_of_different_lengths(num_workers):
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_errors_arrive_where_they_are_asked_for(num_workers):
     envs = SideBySide(make_env, 2, num_workers)
-    envs.reset([1, 2])
-    with pytest.raises(ValueError, match="actions are"):
-        envs.step(np.full((2, 1), 7.0))
+    first = envs.reset([1, 2])
+    kind = WorkerError if num_workers > 1 else ValueError
+    with pytest.raises(kind, match="actions are"):
+        envs.step(np.array([[7.0], [0.0]]))
+    assert np.array_equal(envs.reset([1, 2]), first)  # answers stay in step with calls
     envs.close()
+
+
+def no_env():
+    raise LookupError("no such environment")
+
+
+def test_environments_that_cannot_be_made():
+    with pytest.raises(WorkerError, match="LookupError: no such environment"):
+        SideBySide(no_env, 2, 2)
 
 
 def test_a_dead_process_is_an_error():
@@ -105,40 +116,49 @@ def test_a_dead_process_is_an_error():
     envs.reset([1, 2])
     envs._groups[1]._process.kill()
     envs._groups[1]._process.join()
-    with pytest.raises((RuntimeError, OSError)):
+    with pytest.raises(WorkerError, match="has died"):
         envs.step(np.zeros((2, 1)))
     envs.close()
 
 
-def test_a_run_gives_the_same_with_processes(tmp_path, monkeypatch):
+def test_a_run_gives_the_same_with_processes(tmp_path):
     """The whole program: returns are equal to the last bit."""
-    flags = ["--num_train_steps", "30", "--init_steps", "25", "--eval_freq", "20", "--num_eval_episodes", "3"]
+    flags = ["--num_train_steps", "30", "--eval_freq", "20", "--num_eval_episodes", "3", "--action_repeat", "200"]
     logs = []
     for workers in ("1", "2"):
         folder = tmp_path / workers
-        flags[-1] = "3"
-        assert (
-            train.main([*SMALL, *flags, "--eval_workers", workers, "--action_repeat", "200", "--work_dir", str(folder)])
-            == 0
-        )
+        assert train.main([*SMALL, *flags, "--eval_workers", workers, "--work_dir", str(folder)]) == 0
         logs.append([without_times(read_log(folder / f"{section}.log")) for section in ("train", "eval")])
     assert logs[0] == logs[1]
     assert len(logs[0][1]) == 2
 
 
-@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT, None])
-def test_no_process_outlives_the_run(tmp_path, ending):
-    flags = [*SMALL, "--eval_workers", "2", "--num_train_steps", "30" if ending is None else "100000"]
-    command = [sys.executable, "train.py", *flags, "--work_dir", str(tmp_path / "log")]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("| eval"):
-            break
+@pytest.mark.parametrize("moment", ["starting", "evaluating", "training"])
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
+def test_no_process_outlives_the_run(tmp_path, ending, moment):
+    """Killed, or interrupted as a terminal does it, all processes at once: nothing is left, and little is said."""
+    flags = [*SMALL, "--eval_workers", "2", "--num_train_steps", "100000", "--work_dir", str(tmp_path / "log")]
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *flags],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    if moment == "starting":
+        while len(psutil.Process(process.pid).children()) < 2:
+            time.sleep(0.02)
+    else:
+        for line in process.stdout:
+            if line.startswith("first an evaluation" if moment == "evaluating" else "| eval"):
+                break
+        time.sleep(0.3)
     children = psutil.Process(process.pid).children(recursive=True)
     assert len([child for child in children if "spawn_main" in " ".join(child.cmdline())]) == 2
-    if ending is not None:
-        os.kill(process.pid, ending)
-    process.communicate(timeout=120)
+    if ending == signal.SIGKILL:
+        process.kill()
+    else:
+        os.killpg(process.pid, ending)
+    _, stderr = process.communicate(timeout=60)
+    assert stderr in ("", "train.py: interrupted\n")
+    assert process.returncode in ((-signal.SIGKILL,) if ending == signal.SIGKILL else (130, -signal.SIGINT))
     deadline = time.monotonic() + 20
     while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children):
         assert time.monotonic() < deadline, "a process outlives the run"

@@ -136,6 +136,20 @@ def test_uint8_and_floating_observations_are_the_same():
     assert results[0] == results[1] == results[2]
 
 
+def test_bfloat16_uses_the_weights_that_were_just_stepped():
+    """Actor and decoder see the critic's new weights; a large step shows whether they do."""
+    case = golden.load_case("pixel")["case"] | {"updates": 1, "first_step": 2}
+    losses = []
+    for precision in (None, "bf16"):
+        rs = np.random.RandomState(case["seed"])
+        agent = golden.make_agent(case, precision=precision, critic_lr=0.03)
+        golden.draw_parameters(agent, rs)
+        for name in ("actor", "critic", "critic_target", "decoder"):
+            getattr(agent, name).float()
+        losses += agent_updates(agent, case, rs)
+    assert losses[1] == pytest.approx(losses[0], rel=0.1, abs=0.02)
+
+
 def test_bfloat16_stays_near_float32_and_keeps_what_must_be_exact():
     """Layers in bfloat16; weights, optimisers, densities, targets and losses in float32."""
     case = golden.load_case("pixel")["case"] | {"updates": 2}
