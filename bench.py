@@ -239,7 +239,9 @@ def make_run(kind: str, folder: str, num_train_steps: int) -> train.Run:
     """A run of the main job's task that can go on for so many decisions, its folder made."""
     types = [] if kind == "pixel" else ["--encoder_type", "identity", "--decoder_type", "identity"]
     flags = ["--action_repeat", "4", "--init_steps", "200", "--num_train_steps", str(num_train_steps), *types]
-    run = train.Run(train.make_parser().parse_args([*flags, "--work_dir", str(Path(folder) / kind)]))
+    run = train.Run(
+        train.make_parser().parse_args([*flags, "--eval_workers", "1", "--work_dir", str(Path(folder) / kind)])
+    )
     run.open()
     return run
 
@@ -282,7 +284,10 @@ def bench_evaluation(rounds: int) -> Results:
                         action = policy(plain.actor, batch)[0].squeeze(0).cpu().numpy()
                     obs, _, _, _, _ = env.step(action)
 
-        calls = {f"{count} processes": functools.partial(evaluate, envs) for count, envs in groups.items()}
+        calls = {
+            ("in this process" if count == 1 else f"{count} processes"): functools.partial(evaluate, envs)
+            for count, envs in groups.items()
+        }
         times = interleaved(calls | {"plain": plain_evaluate}, rounds, warmup=1)
         for envs in groups.values():
             envs.close()
