@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -45,15 +46,18 @@ def check_display() -> None:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Holds Ctrl-C back: a renderer that is half made prints a traceback when Python tears it down."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
+    """Holds Ctrl-C back until the end: a renderer that is half made prints a traceback when Python tears it down."""
+    if threading.current_thread() is not threading.main_thread():  # others are not interrupted, and may set no handler
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    held: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _frame: held.append(number))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, before)
+        if held:
+            signal.raise_signal(signal.SIGINT)
 
 
 def renderer_name(physics: Any) -> tuple[str, bool]:

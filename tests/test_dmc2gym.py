@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import dmc2gym
+from dmc2gym.rendering import uninterrupted
 
 ROOT = Path(__file__).parent.parent
 
@@ -290,6 +294,20 @@ def test_programs_end_silently(ending):
     )
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout + result.stderr == ""
+
+
+def test_interrupts_wait_while_a_renderer_is_made():
+    reached = []
+    with pytest.raises(KeyboardInterrupt):  # where it is raised is the point
+        with uninterrupted():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+            reached.append("the end")
+        reached.append("behind it")
+    assert reached == ["the end"]
+    with uninterrupted():
+        reached.append("again")
+    assert reached == ["the end", "again"]
 
 
 def test_import_chooses_a_renderer_before_dm_control():
