@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -133,6 +134,16 @@ def test_a_run_gives_the_same_with_processes(tmp_path):
     assert len(logs[0][1]) == 2
 
 
+def workers_of(process):
+    """The run's worker processes, once they are more than forks about to begin."""
+    workers = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "spawn_main" in " ".join(child.cmdline()):
+                workers.append(child)
+    return workers
+
+
 @pytest.mark.parametrize("moment", ["starting", "evaluating", "training"])
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
 def test_no_process_outlives_the_run(tmp_path, ending, moment):
@@ -143,15 +154,15 @@ def test_no_process_outlives_the_run(tmp_path, ending, moment):
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     if moment == "starting":
-        while len(psutil.Process(process.pid).children()) < 2:
+        while len(workers_of(process)) < 2:
             time.sleep(0.02)
     else:
         for line in process.stdout:
             if line.startswith("first an evaluation" if moment == "evaluating" else "| eval"):
                 break
         time.sleep(0.3)
-    children = psutil.Process(process.pid).children(recursive=True)
-    assert len([child for child in children if "spawn_main" in " ".join(child.cmdline())]) == 2
+    children = workers_of(process)
+    assert len(children) == 2
     if ending == signal.SIGKILL:
         process.kill()
     else:
