@@ -267,6 +267,8 @@ class ReplayBuffer:
         places = np.arange(start, end) % self.capacity
         frames_start = max(frames_start, self.frames_added - len(self.frames))
         frames_end = max(frames_start, int(self.frame_ids[places].max()) + 1)
+        if end == self.transitions_added:
+            frames_end = self.frames_added  # the newest frame may be needed by none that is left
         content = {
             "replay": self.name,
             "start": start,
