@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from evaluation import SideBySide
 from sac_ae import SacAeAgent
-from utils import ReplayBuffer, eval_mode, set_seed_everywhere
+from utils import ReplayBuffer, set_seed_everywhere
 
 sys.path.insert(0, str(Path(__file__).parent / "tests"))
 from plain import PlainAgent, PlainReplay, policy
@@ -224,8 +224,7 @@ def bench_act(kind: str, rounds: int) -> Results:
     obs = next(iter(transitions(1, obs_shape)))[0]
 
     def act() -> None:
-        with eval_mode(agent):
-            agent.sample_action(obs)
+        agent.sample_action(obs)
 
     def plain_act() -> None:
         with torch.no_grad():
@@ -272,8 +271,7 @@ def bench_evaluation(rounds: int) -> Results:
         def evaluate(envs: SideBySide) -> None:
             obs = envs.reset(range(10))
             for _ in range(length):
-                with eval_mode(run.agent):
-                    obs, _, _ = envs.step(run.agent.select_actions(obs))
+                obs, _, _ = envs.step(run.agent.select_actions(obs))
 
         def plain_evaluate() -> None:
             for seed in range(10):

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -35,6 +36,14 @@ class MetricLogger(Protocol):
 
     def log(self, key: str, value: Any, step: int) -> None:
         """Takes one detached value of a step."""
+
+
+class Due(NamedTuple):
+    """What an update trains besides the critic."""
+
+    actor: bool  # and alpha
+    target: bool
+    decoder: bool
 
 
 def gaussian_logprob(noise: Tensor, log_std: Tensor) -> Tensor:
@@ -86,6 +95,8 @@ def run_mlp(layers: nn.Sequential, inputs: Tensor) -> Tensor:
     *hidden, last = layers
     for layer in hidden:
         inputs = layer(inputs)
+    if not torch.is_autocast_enabled(inputs.device.type):
+        return last(inputs)
     with torch.autocast(inputs.device.type, enabled=False):
         return last(inputs.to(last.get_parameter("weight").dtype))
 
@@ -186,8 +197,8 @@ class SacAeAgent:
     observations are state vectors (SAC:state). Frequencies count decisions, not environment steps.
 
     With `precision="bf16"` layers compute in bfloat16 (autocast); weights, optimisers, LayerNorm, densities, targets
-    and losses stay in float32. `fp32` and `tf32` set PyTorch's global switches for products and convolutions on a GPU;
-    None leaves them as they are, which by default means TF32 in convolutions only.
+    and losses stay in float32. `fp32` and `tf32` are PyTorch's ways to compute products and convolutions on a GPU; None
+    leaves that as it is, which by default means TF32 in convolutions only.
 
     Raises:
         ValueError: types or sizes that do not fit together, or an unknown precision.
@@ -227,8 +238,6 @@ class SacAeAgent:
     ):
         if precision not in (None, "fp32", "tf32", "bf16"):
             raise ValueError(f"unknown precision {precision!r}: choose fp32, tf32 or bf16")
-        if precision in ("fp32", "tf32"):
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
         self.precision = precision
         self.device = torch.device(device)
         self.discount = discount
@@ -252,16 +261,19 @@ class SacAeAgent:
         if self.device.type == "cpu":
             # Another layout in memory, in which the convolutions' backward passes are a fifth faster there.
             # https://pytorch.org/tutorials/intermediate/memory_format_tutorial.html
-            for network in (self.actor, self.critic, self.critic_target, self.decoder):
-                if network is not None:
-                    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            for network in self.networks.values():
+                network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
         # float64 whatever the networks are: one number, stepped a million times by 1e-4 and less.
         self.log_alpha = torch.tensor(math.log(init_temperature), dtype=torch.float64, device=self.device)
         self.log_alpha.requires_grad_()
 
         def adam(params: Iterable[Tensor], lr: float, beta: float, weight_decay: float = 0) -> torch.optim.Adam:
-            return torch.optim.Adam(params, lr, (beta, 0.999), weight_decay=weight_decay, fused=True)
+            # Capturable: its count of steps, too, is advanced by the GPU.
+            capturable = self.device.type == "cuda"
+            return torch.optim.Adam(
+                params, lr, (beta, 0.999), weight_decay=weight_decay, fused=True, capturable=capturable
+            )
 
         shared = {id(parameter) for parameter in self.critic.parameters()}
         self.actor_parameters = [parameter for parameter in self.actor.parameters() if id(parameter) not in shared]
@@ -277,9 +289,21 @@ class SacAeAgent:
     def train(self, training: bool = True) -> None:
         """Sets training or evaluation mode of every network but the target, which never trains."""
         self.training = training
-        for network in (self.actor, self.critic, self.decoder):
-            if network is not None:
-                network.train(training)
+        for name, network in self.networks.items():
+            network.train(training and name != "critic_target")
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """Actor, critic, target critic and, if there is one, decoder, by name."""
+        names = ("actor", "critic", "critic_target", "decoder")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @property
+    def optimizers(self) -> dict[str, torch.optim.Adam]:
+        """The three to five Adams, by name."""
+        names = ("critic", "actor", "log_alpha", "encoder", "decoder")
+        found = {name: getattr(self, f"{name}_optimizer", None) for name in names}
+        return {name: optimizer for name, optimizer in found.items() if optimizer is not None}
 
     @property
     def alpha(self) -> Tensor:
@@ -303,19 +327,33 @@ class SacAeAgent:
         """An action (A,) drawn from the policy for one observation: training."""
         return self._act(obs[None], sample=True)[0]
 
-    def autocast(self) -> torch.autocast:
-        """Within it, layers compute in bfloat16 if that is the agent's precision.
+    @contextmanager
+    def layer_precision(self) -> Iterator[None]:
+        """Within it, layers compute in the agent's precision; PyTorch's switches are put back at its end."""
+        if self.precision is None:
+            yield
+        elif self.precision == "bf16":
+            # Without autocast's cache of cast weights: an update steps weights and then uses them again.
+            with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
+                yield
+        else:
+            matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+            before = matmul.allow_tf32, cudnn.allow_tf32
+            matmul.allow_tf32 = cudnn.allow_tf32 = self.precision == "tf32"
+            try:
+                yield
+            finally:
+                matmul.allow_tf32, cudnn.allow_tf32 = before
 
-        Without autocast's cache of cast weights: an update steps weights and then uses them again.
-        """
-        return torch.autocast(self.device.type, torch.bfloat16, self.precision == "bf16", cache_enabled=False)
+    def _act(self, obs: np.ndarray, sample: bool) -> np.ndarray:
+        return self._actions(torch.from_numpy(obs), sample).cpu().numpy()
 
     @torch.no_grad()
-    def _act(self, obs: np.ndarray, sample: bool) -> np.ndarray:
-        batch = torch.as_tensor(obs, device=self.device)
-        with self.autocast():
-            mu, pi, _, _ = self.actor(self._floating(batch), compute_pi=sample, compute_log_pi=False)
-        return (pi if sample else mu).cpu().numpy()
+    def _actions(self, obs: Tensor, sample: bool) -> Tensor:
+        """Actions (N, A) on the agent's device, drawn from the policy or its means, for observations (N, ...)."""
+        with self.layer_precision():
+            mu, pi, _, _ = self.actor(self._floating(obs), compute_pi=sample, compute_log_pi=False)
+        return pi if sample else mu
 
     def _floating(self, tensor: Tensor) -> Tensor:
         layout = torch.channels_last if tensor.dim() == 4 and self.device.type == "cpu" else torch.preserve_format
@@ -332,72 +370,100 @@ class SacAeAgent:
         Returns:
             Detached scalars on the agent's device, under the names they are logged with.
         """
-        obs, action, reward, next_obs, not_done = (self._floating(field) for field in replay_buffer.sample())
-        with self.autocast():
-            metrics = self._update(obs, action, reward, next_obs, not_done, step)
+        metrics = self._update_from(replay_buffer, self.due(step))
         for key, value in metrics.items():
             L.log(key, value, step)
         return metrics
 
-    def _update(
-        self, obs: Tensor, action: Tensor, reward: Tensor, next_obs: Tensor, not_done: Tensor, step: int
-    ) -> Metrics:
+    def due(self, step: int) -> Due:
+        """What the update of decision `step` trains."""
+        return Due(
+            actor=step % self.actor_update_freq == 0,
+            target=step % self.critic_target_update_freq == 0,
+            decoder=self.decoder is not None and step % self.decoder_update_freq == 0,
+        )
+
+    def _update_from(self, replay_buffer: TransitionSource, due: Due) -> Metrics:
+        return self._update(replay_buffer.sample(), due)
+
+    def _update(self, batch: Iterable[Tensor], due: Due) -> Metrics:
+        obs, action, reward, next_obs, not_done = (self._floating(field) for field in batch)
         metrics = {"train/batch_reward": reward.mean()}
-        actor_due = step % self.actor_update_freq == 0
-        decoder_due = self.decoder is not None and step % self.decoder_update_freq == 0
-        metrics |= self.update_critic(obs, action, reward, next_obs, not_done)
-        if actor_due or decoder_due:
-            # With the critic's new weights, once for the actor, for its critic and for the decoder.
-            with torch.set_grad_enabled(decoder_due):
-                hidden = self.critic.encoder.forward_conv(obs)
-        if actor_due:
-            metrics |= self.update_actor_and_alpha(obs, hidden)
-        if step % self.critic_target_update_freq == 0:
-            self.update_target()
-        if decoder_due:
-            metrics |= self.update_decoder(obs, hidden)
+        with self.layer_precision():
+            metrics |= self.update_critic(obs, action, reward, next_obs, not_done)
+            if due.actor or due.decoder:
+                # With the critic's new weights, once for the actor, for its critic and for the decoder.
+                with torch.set_grad_enabled(due.decoder):
+                    hidden = self.critic.encoder.forward_conv(obs)
+            if due.actor:
+                metrics |= self.update_actor_and_alpha(obs, hidden)
+            if due.target:
+                self.update_target()
+            if due.decoder:
+                metrics |= self.update_decoder(obs, hidden)
         return metrics
 
-    def update_critic(self, obs: Tensor, action: Tensor, reward: Tensor, next_obs: Tensor, not_done: Tensor) -> Metrics:
-        """Soft Bellman residual (paper, equation 2); trains the critic, its encoder included.
-
-        Tensors in the networks' dtype: obs and next_obs (B, ...), action (B, A), reward and not_done (B, 1).
-        """
+    def critic_loss(self, obs: Tensor, action: Tensor, reward: Tensor, next_obs: Tensor, not_done: Tensor) -> Tensor:
+        """Soft Bellman residual (paper, equation 2)."""
         with torch.no_grad():
             _, next_action, next_log_pi, _ = self.actor(next_obs)
             target_v = torch.min(*self.critic_target(next_obs, next_action)) - self.alpha * next_log_pi
             target_q = reward + not_done * self.discount * target_v
-
         q1, q2 = self.critic(obs, action)
-        loss = F.mse_loss(q1, target_q) + F.mse_loss(q2, target_q)
+        return F.mse_loss(q1, target_q) + F.mse_loss(q2, target_q)
 
+    def actor_and_alpha_loss(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Policy loss (paper, equation 3), temperature loss (SAC, arXiv 1812.05905, equation 18), and the entropy.
+
+        hidden is what the critic's convolutions make of the observations; no gradient reaches it. The entropy is the
+        mean of the Gaussian's before tanh.
+        """
+        _, pi, log_pi, log_std = self.actor.policy(self.actor.encoder.forward_head(hidden, detach=True))
+        q = torch.min(*self.critic.values(self.critic.encoder.forward_head(hidden, detach=True), pi))
+        loss = (self.alpha.detach() * log_pi - q).mean()
+        alpha_loss = (self.alpha * (-log_pi - self.target_entropy).detach()).mean()
+        entropy = 0.5 * log_std.shape[1] * (1 + math.log(2 * math.pi)) + log_std.detach().sum(dim=-1).mean()
+        return loss, alpha_loss, entropy
+
+    def decoder_loss(self, obs: Tensor, hidden: Tensor) -> Tensor:
+        """Reconstruction loss with penalised features (paper, equation 4).
+
+        hidden is what the critic's convolutions make of obs, with gradient.
+        """
+        if self.decoder is None:
+            raise RuntimeError("there is no decoder to train: this agent was made with decoder_type identity")
+        feature = self.critic.encoder.forward_head(hidden)
+        latent_loss = 0.5 * feature.pow(2).sum(1).mean()
+        reconstruction_loss = F.mse_loss(self.decoder(feature), preprocess_obs(obs))
+        return reconstruction_loss + self.decoder_latent_lambda * latent_loss
+
+    def update_critic(self, obs: Tensor, action: Tensor, reward: Tensor, next_obs: Tensor, not_done: Tensor) -> Metrics:
+        """Trains the critic, its encoder included.
+
+        Tensors in the networks' dtype: obs and next_obs (B, ...), action (B, A), reward and not_done (B, 1).
+        """
+        loss = self.critic_loss(obs, action, reward, next_obs, not_done)
         self.critic_optimizer.zero_grad()
         loss.backward()
         self.critic_optimizer.step()
         return {"train_critic/loss": loss.detach()}
 
     def update_actor_and_alpha(self, obs: Tensor, hidden: Tensor | None = None) -> Metrics:
-        """Policy loss (paper, equation 3) and temperature loss (SAC, arXiv 1812.05905, equation 18).
+        """Trains the policy, but not the convolutions, and the temperature.
 
-        obs (B, ...) in the networks' dtype; hidden is what the convolutions make of it, if that is known already.
-        Gradients stop after the convolutions.
+        obs (B, ...) in the networks' dtype; hidden is what the critic's convolutions make of it, if known already.
         """
-        if hidden is None:
-            hidden = self.critic.encoder.forward_conv(obs)
-        _, pi, log_pi, log_std = self.actor.policy(self.actor.encoder.forward_head(hidden, detach=True))
-        q = torch.min(*self.critic.values(self.critic.encoder.forward_head(hidden, detach=True), pi))
-        loss = (self.alpha.detach() * log_pi - q).mean()
+        hidden = self.critic.encoder.forward_conv(obs) if hidden is None else hidden
+        loss, alpha_loss, entropy = self.actor_and_alpha_loss(hidden)
 
         self.actor_optimizer.zero_grad()
         loss.backward(inputs=self.actor_parameters)  # and not the critic's, through which it passes
         self.actor_optimizer.step()
 
-        alpha_loss = (self.alpha * (-log_pi - self.target_entropy).detach()).mean()
         self.log_alpha_optimizer.zero_grad()
         alpha_loss.backward()
         self.log_alpha_optimizer.step()
 
-        entropy = 0.5 * log_std.shape[1] * (1 + math.log(2 * math.pi)) + log_std.detach().sum(dim=-1).mean()
         return {
             "train_actor/loss": loss.detach(),
             "train_actor/entropy": entropy,
@@ -414,20 +480,9 @@ class SacAeAgent:
         soft_update_params(self.critic.encoder, self.critic_target.encoder, self.encoder_tau)
 
     def update_decoder(self, obs: Tensor, hidden: Tensor | None = None) -> Metrics:
-        """Reconstruction loss of a deterministic regularised autoencoder (paper, equation 4).
-
-        obs (B, C, H, W), 0..255 in the networks' dtype; hidden is what the convolutions make of it, if that is known
-        already. Trains the decoder and the whole of the critic's encoder.
-        """
-        if self.decoder is None:
-            raise RuntimeError("there is no decoder to update: this agent was made with decoder_type identity")
-        if hidden is None:
-            hidden = self.critic.encoder.forward_conv(obs)
-        feature = self.critic.encoder.forward_head(hidden)
-        reconstruction = self.decoder(feature)
-        latent_loss = 0.5 * feature.pow(2).sum(1).mean()
-        loss = F.mse_loss(reconstruction, preprocess_obs(obs)) + self.decoder_latent_lambda * latent_loss
-
+        """Trains the critic's whole encoder and the decoder; arguments as for `update_actor_and_alpha`."""
+        hidden = self.critic.encoder.forward_conv(obs) if hidden is None else hidden
+        loss = self.decoder_loss(obs, hidden)
         self.encoder_optimizer.zero_grad()
         self.decoder_optimizer.zero_grad()
         loss.backward()

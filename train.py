@@ -32,12 +32,13 @@ from torch import nn
 from tqdm import tqdm
 
 import dmc2gym
+from cuda_graph import GraphedAgent
 from encoder import conv_output_shape
 from evaluation import SideBySide, WorkerError
 from logger import Logger, NonFiniteLossError
 from memory import place_replay
 from sac_ae import SacAeAgent
-from utils import FrameStack, ReplayBuffer, eval_mode, make_dir, set_seed_everywhere
+from utils import FrameStack, ReplayBuffer, make_dir, set_seed_everywhere
 from video import VideoRecorder
 
 # Action repeats of the published results (paper, table 2).
@@ -179,6 +180,12 @@ def make_parser() -> OneLineParser:
         choices=["fp32", "tf32", "bf16"],
         help="of layers; None is PyTorch's own choice: fp32, but tf32 in convolutions where a GPU has it",
     )
+    group.add_argument(
+        "--cuda_graph",
+        choices=["auto", "off"],
+        default="auto",
+        help="auto launches updates and actions as CUDA graphs where there is a GPU",
+    )
     group.add_argument("--save_tb", action="store_true", help="write TensorBoard events to work_dir/tb")
     group.add_argument("--save_model", action="store_true", help="save the networks at evaluations to work_dir/model")
     group.add_argument("--save_buffer", action="store_true", help="save the replay at evaluations to work_dir/buffer")
@@ -273,9 +280,11 @@ def replay_capacity(args: argparse.Namespace) -> int:
 
 
 def make_agent(args: argparse.Namespace, obs_shape: tuple[int, ...], action_shape: tuple[int, ...]) -> SacAeAgent:
-    """An agent whose keywords are the flags of the same names."""
+    """An agent whose keywords are the flags of the same names; on a GPU, unless told otherwise, with CUDA graphs."""
     keywords = set(inspect.signature(SacAeAgent).parameters) - {"device"}
     flags = {name: value for name, value in vars(args).items() if name in keywords}
+    if args.cuda_graph == "auto" and torch.device(args.device).type == "cuda":
+        return GraphedAgent(obs_shape, action_shape, args.device, report=tqdm.write, **flags)
     return SacAeAgent(obs_shape, action_shape, args.device, **flags)
 
 
@@ -416,8 +425,7 @@ class Run:
         """The action of decision `step`: uniform for the first `init_steps`, then the policy's."""
         if step < self.args.init_steps:
             return self.env.action_space.sample()
-        with eval_mode(self.agent):
-            return self.finite(self.agent.sample_action(obs), step)
+        return self.finite(self.agent.sample_action(obs), step)
 
     def finite(self, action: np.ndarray, step: int) -> np.ndarray:
         """The action, if it is one; else NonFiniteLossError, if possible with the name of the loss that diverged."""
@@ -449,8 +457,7 @@ class Run:
             while not over.all():
                 if args.save_tb and not over[0]:
                     seen.append(obs[0].copy())
-                with eval_mode(self.agent):
-                    actions = self.finite(self.agent.select_actions(obs), step)
+                actions = self.finite(self.agent.select_actions(obs), step)
                 lengths += ~over
                 record = not over[0]
                 obs, rewards, over = envs.step(actions)

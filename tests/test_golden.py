@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import golden
 import numpy as np
@@ -165,7 +166,7 @@ def test_bfloat16_stays_near_float32_and_keeps_what_must_be_exact():
         assert loss == pytest.approx(want, rel=0.15)  # three digits a layer, and alpha's loss is a small difference
         assert loss != want
     obs = torch.randint(0, 256, (4, 9, 84, 84)).float()
-    with agent.autocast():
+    with agent.layer_precision():
         assert agent.critic.encoder.forward_conv(obs).dtype == torch.bfloat16
         feature = agent.critic.encoder(obs)
         outputs = [feature, *agent.actor(obs), *agent.critic(obs, torch.zeros(4, 3)), agent.decoder(feature)]
@@ -175,6 +176,32 @@ def test_bfloat16_stays_near_float32_and_keeps_what_must_be_exact():
             assert {parameter.dtype, state["exp_avg"].dtype, state["exp_avg_sq"].dtype} == {torch.float32}
     with pytest.raises(ValueError, match="unknown precision"):
         golden.make_agent(case, precision="fp16")
+
+
+@pytest.mark.parametrize("precision", [None, "fp32", "tf32"])
+def test_precision_is_the_agents_own(precision, request):
+    """PyTorch's switches are set while an agent computes, forwards and backwards, and put back."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    for backend in (matmul, cudnn):
+        request.addfinalizer(functools.partial(setattr, backend, "allow_tf32", backend.allow_tf32))
+    for before in (False, True):
+        matmul.allow_tf32 = cudnn.allow_tf32 = before
+        case = golden.load_case("state")["case"]
+        agent = golden.make_agent(case, precision=precision)
+        seen = []
+
+        def look(*_, seen=seen):
+            seen.append((matmul.allow_tf32, cudnn.allow_tf32))
+
+        agent.critic.register_forward_hook(look)
+        agent.actor.register_forward_hook(look)
+        next(agent.critic.parameters()).register_hook(look)
+        agent_updates(agent, case | {"updates": 1}, np.random.RandomState(1))
+        agent.select_action(np.zeros(agent.critic.encoder.feature_dim))
+        expected = before if precision is None else precision == "tf32"
+        assert len(seen) == 4
+        assert set(seen) == {(expected, expected)}
+        assert (matmul.allow_tf32, cudnn.allow_tf32) == (before, before)
 
 
 def test_float32_agent_stays_near_the_float64_one():
