@@ -65,7 +65,7 @@ class Prefetcher:
             for tensor in batch:  # allocated on the thread's stream, used on this one
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
         if len(ahead.late):
-            places = torch.from_numpy(ahead.late).to(self._replay.device)
+            places = torch.from_numpy(ahead.late).to(self._replay.device, non_blocking=True)
             for tensor, late in zip(batch, self._replay.gather(ahead.transitions[ahead.late]), strict=True):
                 tensor[places] = late
         return batch
@@ -81,18 +81,20 @@ class Prefetcher:
         there = np.minimum(transitions, replay.transitions_added - 1)
         # Numbers and fields are read here, before anything is added; the frames, which take the time, in the thread.
         # Those of transitions from `oldest` on are only overwritten if it comes otherwise than predicted.
-        gather = self._thread.submit(self._gather, replay.slots(there), replay.fields(there))
+        gather = self._thread.submit(self._gather, *replay.places(there))
         return _Ahead(state, (oldest, end), transitions, late, gather)
 
-    def _gather(self, slots: list[Tensor], fields: list[Tensor]) -> Batch:
+    def _gather(self, obs_slots: Tensor, next_obs_slots: Tensor, *fields: Tensor) -> Batch:
         replay = self._replay
-        for places, staging in zip(slots, self._staging, strict=True):
-            torch.index_select(replay.frames, 0, places, out=staging)
+        for slots, staging in zip((obs_slots, next_obs_slots), self._staging, strict=True):
+            torch.index_select(replay.frames, 0, slots, out=staging)
         if self._stream is None:
-            return replay.join(fields, *(staging.clone() for staging in self._staging))
+            return replay.join(*(staging.clone() for staging in self._staging), *fields)
         with torch.cuda.stream(self._stream):
-            batch = replay.join(fields, *self._staging)
-        self._stream.synchronize()  # this thread waits, so that the staging buffers may be written again
+            batch = replay.join(*self._staging, *fields)
+            copied = torch.cuda.Event()
+            copied.record()
+        copied.synchronize()  # this thread waits, so that the staging buffers may be written again
         return batch
 
     def generator_state(self) -> dict[str, Any]:

@@ -185,7 +185,7 @@ class ReplayBuffer:
         """
         if self._prefetcher is not None:
             return self._prefetcher.sample()
-        return self.gather(self.draw(self.oldest, self.transitions_added))
+        return self.assemble(*self.draw_places())
 
     def draw(self, oldest: int, end: int) -> np.ndarray:
         """Numbers (B,) of transitions from `oldest` to before `end`, uniform and with replacement.
@@ -199,27 +199,42 @@ class ReplayBuffer:
 
     def gather(self, transitions: np.ndarray) -> Batch:
         """The transitions of these numbers, counted since the start, as `sample` returns them."""
+        return self.assemble(*self.places(transitions))
+
+    def places(self, transitions: np.ndarray) -> tuple[Tensor, ...]:
+        """What `assemble` makes a batch of, all in host memory.
+
+        Places in the ring of frames of obs and of next_obs, (B * k,) each; action, reward, not_done.
+        """
+        rows = transitions % self.capacity
+        slots = torch.from_numpy(self.frame_ids[rows] % len(self.frames))
+        fields = (torch.from_numpy(values[rows]) for values in (self.actions, self.rewards, self.not_dones))
+        return *(half.flatten() for half in slots.split(self.num_stacked, dim=1)), *fields
+
+    def draw_places(self) -> tuple[Tensor, ...]:
+        """The same of a batch drawn uniformly: `assemble` makes of it what `sample` would have returned."""
+        return self.places(self.draw(self.oldest, self.transitions_added))
+
+    def assemble(
+        self, obs_slots: Tensor, next_obs_slots: Tensor, action: Tensor, reward: Tensor, not_done: Tensor
+    ) -> Batch:
+        """A batch from its `places`, wherever those are."""
         # index_select copies frame by frame; indexing by brackets goes byte by byte, seven times slower on a CPU.
-        obs_frames, next_obs_frames = (self.frames.index_select(0, slots) for slots in self.slots(transitions))
-        return self.join(self.fields(transitions), obs_frames, next_obs_frames)
+        obs_frames, next_obs_frames = (
+            self.frames.index_select(0, slots.to(self.frames.device, non_blocking=True))
+            for slots in (obs_slots, next_obs_slots)
+        )
+        return self.join(obs_frames, next_obs_frames, action, reward, not_done)
 
-    def slots(self, transitions: np.ndarray) -> list[Tensor]:
-        """Places in the ring of frames, on its device, of the frames of obs and of next_obs, (B * k,) each."""
-        ids = torch.from_numpy(self.frame_ids[transitions % self.capacity] % len(self.frames))
-        return [half.flatten() for half in ids.to(self.frames.device, non_blocking=True).split(self.num_stacked, dim=1)]
-
-    def fields(self, transitions: np.ndarray) -> list[Tensor]:
-        """Action, reward and not_done of transitions, in host memory."""
-        places = transitions % self.capacity
-        return [torch.from_numpy(values[places]) for values in (self.actions, self.rewards, self.not_dones)]
-
-    def join(self, fields: list[Tensor], obs_frames: Tensor, next_obs_frames: Tensor) -> Batch:
-        """A batch on the samples' device from its fields and the frames (B * k, ...) of its stacks."""
-        action, reward, not_done = (field.to(self.device, non_blocking=True) for field in fields)
+    def join(
+        self, obs_frames: Tensor, next_obs_frames: Tensor, action: Tensor, reward: Tensor, not_done: Tensor
+    ) -> Batch:
+        """A batch on the samples' device from the frames (B * k, ...) of its stacks and its fields."""
         obs, next_obs = (
             frames.view(-1, *self.obs_shape).to(self.device, non_blocking=True)
             for frames in (obs_frames, next_obs_frames)
         )
+        action, reward, not_done = (field.to(self.device, non_blocking=True) for field in (action, reward, not_done))
         return obs, action, reward, next_obs, not_done
 
     def save(self, save_dir: str | Path) -> None:
