@@ -20,6 +20,7 @@ import functools
 import inspect
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -186,6 +187,9 @@ def make_parser() -> OneLineParser:
         default="auto",
         help="auto launches updates and actions as CUDA graphs where there is a GPU",
     )
+    group.add_argument(
+        "--compile", action="store_true", help="put the losses through torch.compile, which takes a minute at first"
+    )
     group.add_argument("--save_tb", action="store_true", help="write TensorBoard events to work_dir/tb")
     group.add_argument("--save_model", action="store_true", help="save the networks at evaluations to work_dir/model")
     group.add_argument("--save_buffer", action="store_true", help="save the replay at evaluations to work_dir/buffer")
@@ -215,6 +219,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("actor_log_std_min must be below actor_log_std_max")
     check_device(args.device)
     check_work_dir(args.work_dir)
+    if args.compile:
+        check_compiler()
     if args.save_video:
         check_ffmpeg()
 
@@ -246,6 +252,13 @@ def check_work_dir(name: str) -> None:
         raise ValueError(f"work_dir {name} cannot be made: {existing} is no folder")
     if not os.access(existing, os.W_OK):
         raise ValueError(f"work_dir {name} cannot be written: choose another")
+
+
+def check_compiler() -> None:
+    """Raises ValueError if torch.compile finds no compiler."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        raise ValueError(f"compile needs a C++ compiler, and {compiler} is not there: install g++, or set CXX")
 
 
 def check_ffmpeg() -> None:

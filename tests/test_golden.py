@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
+import shutil
 
 import golden
 import numpy as np
@@ -176,6 +178,25 @@ def test_bfloat16_stays_near_float32_and_keeps_what_must_be_exact():
             assert {parameter.dtype, state["exp_avg"].dtype, state["exp_avg_sq"].dtype} == {torch.float32}
     with pytest.raises(ValueError, match="unknown precision"):
         golden.make_agent(case, precision="fp16")
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("name", ["pixel", "state"])
+def test_compiled_losses_are_the_same(name):
+    """To rounding, which float64 keeps small."""
+    case = golden.load_case(name)["case"] | {"updates": 3}
+    losses = []
+    for compiled in (False, True):
+        rs = np.random.RandomState(case["seed"])
+        agent = golden.make_agent(case, compile=compiled)
+        golden.draw_parameters(agent, rs)
+        batches = [(step, batch) for step, batch, _, _ in golden.draw_batches(case, rs)]
+        torch.manual_seed(1)  # compiled code draws its own noise, the same as the other's
+        metrics = [agent.update(OneBatch(batch), Recorder(), step) for step, batch in batches]
+        losses.append([{key: float(value) for key, value in metric.items()} for metric in metrics])
+        assert hasattr(agent.critic_loss, "_torchdynamo_orig_callable") == compiled
+    for loss, want in zip(*losses, strict=True):
+        assert loss == pytest.approx(want, rel=1e-8)
 
 
 @pytest.mark.parametrize("precision", [None, "fp32", "tf32"])
