@@ -32,6 +32,10 @@ def _suite() -> Any:
     return suite
 
 
+def _nothing(_physics: Any) -> dict[str, np.ndarray]:
+    return {"nothing": np.zeros(0)}
+
+
 def _without_settotalmass(record: logging.LogRecord) -> bool:
     return "settotalmass" not in record.getMessage()
 
@@ -199,14 +203,25 @@ class DMCWrapper(gym.Env):
             raise ValueError(f"actions are {self.action_space.shape} in [-1, 1], got {action}")
         scaled = self._action_low + (action + 1) / 2 * (self._action_high - self._action_low)
         reward = 0.0
-        for _ in range(self._frame_skip):
-            time_step = self._env.step(scaled)
+        for left in reversed(range(self._frame_skip)):
+            time_step = self._step_unobserved(scaled) if left else self._env.step(scaled)
             reward += time_step.reward or 0.0
             if time_step.last():
+                if left:
+                    time_step = time_step._replace(observation=self._env.task.get_observation(self._env.physics))
                 break
         obs, info = self._observe(time_step)
         ended = bool(time_step.discount == 0)
         return obs, reward, ended, bool(time_step.last() and not ended), info
+
+    def _step_unobserved(self, action: np.ndarray) -> Any:
+        """An environment step that another one follows: its observation, which nobody sees, is not computed."""
+        task = self._env.task
+        task.get_observation = _nothing  # hides the task's own method
+        try:
+            return self._env.step(action)
+        finally:
+            del task.get_observation
 
     def _observe(self, time_step: Any) -> tuple[np.ndarray, dict[str, Any]]:
         values = [np.ravel(value) for value in time_step.observation.values()]

@@ -33,10 +33,10 @@ def make():
         env.close()
 
 
-def load(domain, task, seed):
+def load(domain, task, seed, **task_kwargs):
     from dm_control import suite
 
-    return suite.load(domain, task, task_kwargs={"random": seed})
+    return suite.load(domain, task, task_kwargs={"random": seed, **task_kwargs})
 
 
 def flat(observation):
@@ -142,6 +142,30 @@ def test_last_decision_of_an_episode(make):
         assert reward == want
     assert truncated
     assert np.array_equal(obs, flat(time_step.observation))
+
+
+@pytest.mark.parametrize("flattened", [False, True])
+def test_observations_that_nobody_sees_are_not_computed(make, monkeypatch, flattened):
+    """One a decision, the last one; also where the episode ends among the repeats."""
+    env = make(
+        "cartpole", "swingup", seed=2, frame_skip=3, time_limit=0.08,
+        environment_kwargs={"flat_observation": flattened},
+    )  # fmt: skip
+    direct = load("cartpole", "swingup", 2, time_limit=0.08)
+    env.reset()
+    direct.reset()
+    calls = []
+    kind = type(env.unwrapped._env.task)
+    compute = kind.get_observation
+    monkeypatch.setattr(kind, "get_observation", lambda *args: calls.append(1) or compute(*args))
+    for decision, repeats in enumerate((3, 3, 2)):
+        calls.clear()
+        obs, _, _, truncated, _ = env.step(np.full(1, 0.5))
+        assert len(calls) == 1
+        for _ in range(repeats):
+            time_step = direct.step(np.full(1, 0.5))
+        assert np.array_equal(obs, flat(time_step.observation))
+        assert truncated == time_step.last() == (decision == 2)
 
 
 def test_pictures_larger_than_the_models_own_buffer(make):
