@@ -25,6 +25,7 @@ import psutil
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from cuda_graph import GraphedAgent
 from evaluation import SideBySide
 from sac_ae import SacAeAgent
 from utils import ReplayBuffer, set_seed_everywhere
@@ -112,12 +113,15 @@ def transitions(count: int, obs_shape: tuple[int, ...] = OBS_SHAPE) -> Iterator[
         stack = following
 
 
-def make_agents(kind: str, precision: str | None = None) -> tuple[SacAeAgent, PlainAgent, tuple[int, ...]]:
+def make_agents(
+    kind: str, precision: str | None = None, graph: bool = True
+) -> tuple[SacAeAgent, PlainAgent, tuple[int, ...]]:
     """The agent and its plain twin with the same parameters, and the shape of what they observe."""
     set_seed_everywhere(1)
     obs_shape = OBS_SHAPE if kind == "pixel" else STATE_SHAPE
     types = "pixel" if kind == "pixel" else "identity"
-    agent = SacAeAgent(obs_shape, ACTION_SHAPE, DEVICE, encoder_type=types, decoder_type=types, precision=precision)
+    kind_of_agent = GraphedAgent if graph and DEVICE.type == "cuda" else SacAeAgent
+    agent = kind_of_agent(obs_shape, ACTION_SHAPE, DEVICE, encoder_type=types, decoder_type=types, precision=precision)
     decoder = None if agent.decoder is None else agent.decoder.state_dict()
     return agent, PlainAgent(agent.actor.state_dict(), agent.critic.state_dict(), decoder), obs_shape
 
@@ -170,7 +174,11 @@ def bench_fill(capacity: int) -> None:
 def bench_update(kind: str, rounds: int) -> Results:
     """Two updates, one of them with the actor, a batch from the replay for each included."""
     agent, plain, obs_shape = make_agents(kind)
-    half, _, _ = make_agents(kind, precision="bf16")
+    agents = {"this": agent, "this, bf16": make_agents(kind, "bf16")[0]}
+    if DEVICE.type == "cuda":
+        agents["this, fp32"] = make_agents(kind, "fp32")[0]
+        agents["this, tf32"] = make_agents(kind, "tf32")[0]
+        agents["this, without CUDA graphs"] = make_agents(kind, graph=False)[0]
     replay = ReplayBuffer(obs_shape, ACTION_SHAPE, 2000, BATCH_SIZE, DEVICE, frames_device=DEVICE)
     plain_replay = PlainReplay(obs_shape, ACTION_SHAPE, 2000, BATCH_SIZE, DEVICE)
     for transition in transitions(2000, obs_shape):
@@ -185,12 +193,13 @@ def bench_update(kind: str, rounds: int) -> Results:
         for step in range(2):
             plain.update(plain_replay.sample(), step)
 
-    calls = {"this": functools.partial(updates, agent), "this, bf16": functools.partial(updates, half)}
+    calls = {name: functools.partial(updates, variant) for name, variant in agents.items()}
     times = interleaved(calls | {"plain": plain_updates}, rounds, warmup=2)
     per_update = {name: [seconds / 2 for seconds in values] for name, values in times.items()}
     result = show(f"Update, {kind}: mean of one with the actor and one without", per_update, "plain")
+    counted, _, _ = make_agents(kind, graph=False)
     with FlopCounterMode(display=False) as counter:
-        updates(agent)
+        updates(counted)
     result["floor"] = floor(agent, counter.get_total_flops() / 2, result["this"]["median_us"])
     return result
 

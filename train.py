@@ -35,11 +35,12 @@ from tqdm import tqdm
 import dmc2gym
 from cuda_graph import GraphedAgent
 from encoder import conv_output_shape
+from environment import EPISODE_LENGTH, make_env
 from evaluation import SideBySide, WorkerError
 from logger import Logger, NonFiniteLossError
 from memory import place_replay
 from sac_ae import SacAeAgent
-from utils import FrameStack, ReplayBuffer, make_dir, set_seed_everywhere
+from utils import ReplayBuffer, make_dir, set_seed_everywhere
 from video import VideoRecorder
 
 # Action repeats of the published results (paper, table 2).
@@ -51,7 +52,6 @@ PUBLISHED_REPEATS = {
     ("finger", "spin"): 2,
     ("walker", "walk"): 2,
 }
-EPISODE_LENGTH = 1000  # environment steps
 # What a run writes into its work_dir; if any of it is there, the folder belongs to a run.
 RUN_FILES = ("args.json", "train.log", "eval.log", "tb", "video", "model", "buffer")
 
@@ -141,8 +141,8 @@ def make_parser() -> OneLineParser:
     group.add_argument(
         "--eval_workers",
         type=COUNT,
-        default=1,
-        help="processes that play them, of some 0.5 GB each; 1 plays them in the training process",
+        default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        help="processes that play them, at most one for each; 1 plays them in the training process",
     )
 
     group = parser.add_argument_group("critic")
@@ -269,22 +269,6 @@ def check_ffmpeg() -> None:
         imageio_ffmpeg.get_ffmpeg_exe()
     except (ImportError, RuntimeError) as error:
         raise ValueError("save_video needs ffmpeg: pip install imageio[ffmpeg]") from error
-
-
-def make_env(args: argparse.Namespace, seed: int) -> Any:
-    """The task as the agent sees it: frames stacked where they are pixels."""
-    env = dmc2gym.make(
-        args.domain_name,
-        args.task_name,
-        seed=seed,
-        visualize_reward=False,
-        from_pixels=args.encoder_type == "pixel",
-        height=args.image_size,
-        width=args.image_size,
-        frame_skip=args.action_repeat,
-        episode_length=EPISODE_LENGTH,
-    )
-    return FrameStack(env, args.frame_stack) if args.encoder_type == "pixel" else env
 
 
 def replay_capacity(args: argparse.Namespace) -> int:

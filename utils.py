@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-import gym
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from environment import FrameStack
 from replay_buffer import ReplayBuffer
 
 __all__ = [
@@ -97,33 +96,3 @@ def preprocess_obs(obs: Tensor, bits: int = 5) -> Tensor:
     bins = 2**bits
     quantised = (obs / 2 ** (8 - bits)).floor_().div_(bins)  # in place: these are the largest tensors of an update
     return torch.rand_like(obs).div_(bins).add_(quantised).sub_(0.5)
-
-
-class FrameStack(gym.Wrapper):
-    """Stacks the last `k` frames on the channel axis, oldest first; the first frame of an episode is repeated.
-
-    Observations (C, H, W) become new arrays (k * C, H, W).
-    """
-
-    def __init__(self, env: gym.Env, k: int):
-        super().__init__(env)
-        self._k = k
-        self._frames: deque[np.ndarray] = deque(maxlen=k)
-        space: Any = env.observation_space
-        self.observation_space = gym.spaces.Box(
-            low=np.concatenate([space.low] * k), high=np.concatenate([space.high] * k), dtype=space.dtype
-        )
-        # Code written for gym's own wrappers looks for the limit here.
-        self._max_episode_steps = getattr(env, "_max_episode_steps", None)
-
-    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
-        """Starts an episode: `k` times its first frame."""
-        frame, info = self.env.reset(**kwargs)
-        self._frames.extend([frame] * self._k)
-        return np.concatenate(self._frames), info
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Drops the oldest frame for the newest."""
-        frame, reward, terminated, truncated, info = self.env.step(action)
-        self._frames.append(frame)
-        return np.concatenate(self._frames), reward, terminated, truncated, info

@@ -116,15 +116,25 @@ def test_a_dead_process_is_an_error():
     envs = SideBySide(Countdown, 2, 2)
     envs.reset([1, 2])
     envs._groups[1]._process.kill()
-    envs._groups[1]._process.join()
+    envs._groups[1]._process.wait()
     with pytest.raises(WorkerError, match="has died"):
         envs.step(np.zeros((2, 1)))
     envs.close()
 
 
 def test_a_run_gives_the_same_with_processes(tmp_path):
-    """The whole program: returns are equal to the last bit."""
-    flags = ["--num_train_steps", "30", "--eval_freq", "20", "--num_eval_episodes", "3", "--action_repeat", "200"]
+    """The whole program: returns are equal to the last bit, and so are videos."""
+    flags = [
+        "--save_video",
+        "--num_train_steps",
+        "30",
+        "--eval_freq",
+        "20",
+        "--num_eval_episodes",
+        "3",
+        "--action_repeat",
+        "200",
+    ]
     logs = []
     for workers in ("1", "2"):
         folder = tmp_path / workers
@@ -132,14 +142,23 @@ def test_a_run_gives_the_same_with_processes(tmp_path):
         logs.append([without_times(read_log(folder / f"{section}.log")) for section in ("train", "eval")])
     assert logs[0] == logs[1]
     assert len(logs[0][1]) == 2
+    videos = [sorted((tmp_path / workers / "video").iterdir()) for workers in ("1", "2")]
+    assert len(videos[0]) == 2
+    assert [video.read_bytes() for video in videos[0]] == [video.read_bytes() for video in videos[1]]
+
+
+def test_workers_stay_small():
+    """They do without PyTorch."""
+    code = "import sys, evaluation, environment; print('torch' in sys.modules, 'dm_control' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split()[0] == "False"
 
 
 def workers_of(process):
-    """The run's worker processes, once they are more than forks about to begin."""
+    """The run's worker processes."""
     workers = []
     for child in psutil.Process(process.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if "spawn_main" in " ".join(child.cmdline()):
+            if "evaluation.py" in " ".join(child.cmdline()):
                 workers.append(child)
     return workers
 
@@ -168,7 +187,7 @@ def test_no_process_outlives_the_run(tmp_path, ending, moment):
     else:
         os.killpg(process.pid, ending)
     _, stderr = process.communicate(timeout=60)
-    assert stderr in ("", "train.py: interrupted\n")
+    assert stderr in ("", "train.py: interrupted\n"), stderr
     assert process.returncode in ((-signal.SIGKILL,) if ending == signal.SIGKILL else (130, -signal.SIGINT))
     deadline = time.monotonic() + 20
     while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children):

@@ -20,6 +20,7 @@ from terminal import reader
 from test_logger import read_events
 from toy import BarEnv, CountingEnv
 
+import environment
 import train
 from utils import FrameStack
 
@@ -48,7 +49,8 @@ SAVE = ["--save_tb", "--save_video", "--save_model", "--save_buffer"]
 @pytest.fixture
 def short_episodes(monkeypatch):
     """Episodes of 20 decisions at repeat 8."""
-    monkeypatch.setattr(train, "EPISODE_LENGTH", 160)
+    for module in (train, environment):
+        monkeypatch.setattr(module, "EPISODE_LENGTH", 160)
 
 
 def read_log(path):
@@ -380,6 +382,27 @@ def test_impossible_folders_are_refused(tmp_path, capsys, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_compile_without_a_compiler_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert_refused(tmp_path / "log", capsys, ["--compile"], "no-such-compiler is not there: install g++")
+
+
+def test_cuda_graphs_are_for_gpus(monkeypatch):
+    """Chosen by flag and device; their one line goes where the run prints."""
+    made = []
+
+    class Made:
+        def __init__(self, *args, **kwargs):
+            made.append((type(self).__name__, kwargs.get("report")))
+
+    for name in ("SacAeAgent", "GraphedAgent"):
+        monkeypatch.setattr(train, name, type(name, (Made,), {}))
+    monkeypatch.setattr(train.inspect, "signature", lambda _: original)
+    for flags in (["--device", "cpu"], ["--device", "cuda"], ["--device", "cuda", "--cuda_graph", "off"]):
+        train.make_agent(train.make_parser().parse_args(flags), (9, 84, 84), (6,))
+    assert made == [("SacAeAgent", None), ("GraphedAgent", train.tqdm.write), ("SacAeAgent", None)]
+
+
 def test_video_without_ffmpeg_is_refused(tmp_path, capsys, monkeypatch):
     import imageio_ffmpeg
 
@@ -429,7 +452,8 @@ def test_published_defaults():
         "decoder_latent_lambda": 1e-6, "decoder_weight_lambda": 1e-7, "num_layers": 4, "num_filters": 32,
         "discount": 0.99, "init_temperature": 0.1, "alpha_lr": 1e-4, "alpha_beta": 0.5, "seed": 1,
         "work_dir": "./log", "replay_device": "auto", "precision": None,
-        "eval_workers": 1,
+        "compile": False, "cuda_graph": "auto",
+        "eval_workers": len(os.sched_getaffinity(0)),
         "save_tb": False, "save_model": False, "save_buffer": False, "save_video": False,
         "domain_name": "cheetah", "task_name": "run", "agent": "sac_ae",
         "device": "cuda" if torch.cuda.is_available() else "cpu",
@@ -485,7 +509,7 @@ def test_every_agent_flag_reaches_the_agent(monkeypatch):
     monkeypatch.setattr(train.inspect, "signature", lambda _: original)
     parser = train.make_parser()
     names = [name for name in original.parameters if name not in ("self", "obs_shape", "action_shape", "device")]
-    assert len(names) == 26
+    assert len(names) == 27
     args = parser.parse_args([])
     for index, name in enumerate(names):  # values that are nobody's default
         setattr(args, name, 1000 + index)
