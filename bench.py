@@ -262,7 +262,7 @@ def bench_env(rounds: int) -> Results:
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("pixel", "state"):
             run = make_run(kind, folder, 1000)
-            run.begin_episode(0)
+            run.begin_episode()
             direct = suite.load("cheetah", "run", task_kwargs={"random": 1, "time_limit": float("inf")})
             direct.reset()
             frames: deque[np.ndarray] = deque([np.zeros((3, *OBS_SHAPE[1:]), np.uint8)] * 3, maxlen=3)
@@ -333,15 +333,15 @@ def bench_train(kind: str, rounds: int) -> Results:
         for transition in transitions(200, obs_shape):
             run.replay.add(*transition)
             replay.add(*transition)
-        run.begin_episode(0)
-        ours = iter(range(201, 10**9))
+        run.begin_episode()
+        run.step = 201
         theirs = iter(range(201, 10**9))
 
         def two_decisions() -> None:
             for _ in range(2):
-                step = next(ours)
-                if run.decide(step):
-                    run.begin_episode(step)
+                if not run.begun:
+                    run.begin_episode()
+                run.decide()
 
         def two_plain_decisions() -> None:
             nonlocal plain_obs

@@ -74,6 +74,12 @@ class GraphedAgent(SacAeAgent):
         self._graphs: dict[Hashable, Captured] | None = {}
         self._names: dict[Due, list[str]] = {}
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As the plain agent's; the graphs are captured anew, for the optimisers' memory is another."""
+        super().load_state_dict(state)
+        if self._graphs is not None:
+            self._graphs.clear()
+
     def _update_from(self, replay_buffer: TransitionSource, due: Due) -> Metrics:
         if self._graphs is None:
             return super()._update_from(replay_buffer, due)

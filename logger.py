@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,10 @@ class Meter:
         self._values.append((value, n))
         self._steps.append(step)
 
+    def state(self) -> list[tuple[float, int, int]]:
+        """Value, number and step of each update."""
+        return [(float(value), n, step) for (value, n), step in zip(self._values, self._steps, strict=True)]
+
     def fetch(self, key: str) -> float:
         """The mean.
 
@@ -79,12 +84,13 @@ class Logger:
         log_dir: an existing folder.
         use_tb: whether to write events.
         config: which console lines, `rl`.
+        purge_step: TensorBoard forgets events that an earlier logger wrote from this step on.
 
     Raises:
         ValueError: unknown `config`.
     """
 
-    def __init__(self, log_dir: str | Path, use_tb: bool = True, config: str = "rl"):
+    def __init__(self, log_dir: str | Path, use_tb: bool = True, config: str = "rl", purge_step: int | None = None):
         if config not in LINES:
             raise ValueError(f"unknown logger config {config!r}: choose one of {', '.join(LINES)}")
         self._log_dir = Path(log_dir)
@@ -94,7 +100,7 @@ class Logger:
         if use_tb:
             from torch.utils.tensorboard import SummaryWriter  # only here: it takes seconds to import
 
-            self._writer = SummaryWriter(str(self._log_dir / "tb"))
+            self._writer = SummaryWriter(str(self._log_dir / "tb"), purge_step=purge_step)
 
     def log(self, key: str, value: float | Tensor, step: int, n: int = 1) -> None:
         """Takes a number or a scalar tensor, the sum of `n` values; nothing is fetched or written before `dump`.
@@ -138,6 +144,17 @@ class Logger:
             for key, meter in meters.items():
                 meter.fetch(key)
 
+    def state(self) -> dict[str, Any]:
+        """What waits for its line, and how long the log files are, in bytes; they are on the disk afterwards."""
+        waiting = {key: meter.state() for meters in self._meters.values() for key, meter in meters.items()}
+        return {"meters": waiting, "sizes": {path.name: synced_size(path) for path in log_files(self._log_dir)}}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Has what `state` gave wait for its line again."""
+        for key, updates in state["meters"].items():
+            for value, n, step in updates:
+                self.log(key, value, step, n)
+
     def log_param(self, key: str, param: nn.Module, step: int) -> None:
         """Histograms of a layer's weight and bias, and of their gradients where there are any."""
         for name, value in param.named_parameters(recurse=False):
@@ -176,6 +193,35 @@ class Logger:
         """Flushes and closes TensorBoard's events."""
         if self._writer is not None:
             self._writer.close()
+
+
+def log_files(log_dir: Path) -> list[Path]:
+    """The files of lines that a logger writes."""
+    return [log_dir / f"{section}.log" for section in ("train", "eval")]
+
+
+def synced_size(path: Path) -> int:
+    """Bytes of a file, 0 if there is none, after they have been brought to the disk."""
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return path.stat().st_size
+
+
+def cut_logs(log_dir: Path, state: dict[str, Any]) -> None:
+    """Cuts what was written after a logger's `state`.
+
+    Raises:
+        ValueError: a file is shorter than it was then; none has been cut.
+    """
+    files = {path: state["sizes"][path.name] for path in log_files(log_dir)}
+    for path, size in files.items():
+        if (path.stat().st_size if path.exists() else 0) < size:
+            raise ValueError(f"{path} is missing or shorter than at the checkpoint: lines were lost")
+    for path in files:
+        if path.exists():
+            os.truncate(path, files[path])
 
 
 def _field(key: str) -> str:

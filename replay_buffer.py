@@ -6,19 +6,16 @@ naively, a million transitions of 9 x 84 x 84 take 127 GB; with each frame kept 
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from files import Written, naming, read_json, read_tensors, write_json, write_tensors
 from prefetch import Prefetcher
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # obs, action, reward, next_obs, not_done
@@ -86,8 +83,7 @@ class ReplayBuffer:
         self.transitions_added = 0
         self.oldest = 0  # the first transition that is still whole
         self.name = uuid.uuid4().hex  # tells this replay's files from another's
-        self._folder: Path | None = None  # where `save` or `load` was last
-        self._chunks: list[_Chunk] = []  # and what lies there
+        self._saved: dict[Path, list[_Chunk]] = {}  # what lies in which folder
         self._newest: list[tuple[int, np.ndarray]] = []  # the last next_obs: number and pixels of each frame
         if prefetch is None:
             prefetch = self.frames.device.type == "cpu" and self.device.type == "cuda"
@@ -246,35 +242,38 @@ class ReplayBuffer:
         Raises:
             FileExistsError: the folder holds another replay.
         """
-        index_path = Path(save_dir).resolve() / _INDEX
-        index_path.parent.mkdir(parents=True, exist_ok=True)
-        if self._folder != index_path.parent:
-            if index_path.exists() and json.loads(index_path.read_text())["replay"] != self.name:
-                raise FileExistsError(f"{index_path} belongs to another replay: save to an empty folder")
-            self._folder, self._chunks = index_path.parent, []
-        if not self.transitions_added:
-            return
-        chunks = list(self._chunks)
+        folder = Path(save_dir).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / _INDEX
+        if folder not in self._saved and path.exists() and read_json(path)["replay"] != self.name:
+            raise FileExistsError(f"{path} belongs to another replay: save to an empty folder")
+        if self.transitions_added:
+            index = self.save_chunks(folder)
+            write_json(path, index)
+            self.keep_chunks(folder, index)
+
+    def save_chunks(self, folder: Path) -> dict[str, Any]:
+        """Writes what is not in the folder yet; an index of all that `load_chunks` needs, as JSON can hold it."""
+        chunks = list(self._saved.get(folder.resolve(), []))
         unsaved = max(chunks[-1].end if chunks else 0, self.oldest)
         for start in range(unsaved, self.transitions_added, _MAX_CHUNK):
-            chunks.append(self._save_chunk(index_path.parent, start, chunks[-1].frames_end if chunks else 0))
-
-        needed = self._first_frame(self.oldest)
-        kept = [chunk for chunk in chunks if chunk.end > self.oldest or chunk.frames_end > needed]
-        index = {
+            chunks.append(self._save_chunk(folder, start, chunks[-1].frames_end if chunks else 0))
+        needed = self._first_frame(self.oldest) if len(self) else 0
+        return {
             "replay": self.name,
-            "capacity": self.capacity,
             "shapes": self._shapes(),
             "oldest": self.oldest,
             "generator": (self._prefetcher or self).generator_state(),
-            "chunks": kept,
+            "chunks": [chunk for chunk in chunks if chunk.end > self.oldest or chunk.frames_end > needed],
         }
-        write_atomically(index_path, lambda file: file.write(json.dumps(index, indent=1).encode()))
-        listed = {chunk.name for chunk in kept}
-        for path in [*index_path.parent.glob("*_*.pt"), *index_path.parent.glob(".*.tmp")]:
+
+    def keep_chunks(self, folder: Path, index: dict[str, Any]) -> None:
+        """Deletes what the index, which must have been written by now, does not list: chunks of before, scraps."""
+        self._saved[folder.resolve()] = index["chunks"]
+        listed = {chunk.file.name for chunk in index["chunks"]}
+        for path in [*folder.glob("[0-9]*_[0-9]*.pt"), *folder.glob(".*.tmp")]:
             if path.name not in listed:  # overwritten in the ring, or left by a save that was killed
                 path.unlink()
-        self._chunks = kept
 
     def _save_chunk(self, folder: Path, start: int, frames_start: int) -> _Chunk:
         """Writes transitions from `start` on, with their frames from `frames_start` on that are still there."""
@@ -291,9 +290,7 @@ class ReplayBuffer:
             "frames": self.frames.index_select(0, self._ring(frames_start, frames_end)).cpu(),
         }
         content |= {field: torch.from_numpy(getattr(self, field)[places]) for field in _FIELDS}
-        chunk = _Chunk(f"{start}_{end}.pt", end, frames_end)
-        write_atomically(folder / chunk.name, lambda file: torch.save(content, file))
-        return chunk
+        return _Chunk(end, frames_end, write_tensors(folder / f"{start}_{end}.pt", content))
 
     def _shapes(self) -> list[list[int]]:
         """Shapes of frames, frame numbers and actions, as JSON has them."""
@@ -311,37 +308,56 @@ class ReplayBuffer:
         """Restores what `save` wrote: contents, position, fullness, generator, and where the next `save` begins.
 
         Raises:
-            ValueError: this buffer is not empty or of another size, or a file is missing, damaged or foreign; the
-                message names the file.
+            ValueError: this buffer is not empty or is too small, or a file is missing, damaged or foreign; the message
+                names the file.
+        """
+        index_path = Path(save_dir) / _INDEX
+        index = read_json(index_path)
+        try:
+            self.load_chunks(index_path.parent, index)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{index_path} is damaged: {error}") from error
+
+    def load_chunks(self, folder: Path, index: dict[str, Any]) -> None:
+        """The same from an index that `save_chunks` gave.
+
+        Raises:
+            ValueError: as `load`.
+            KeyError, TypeError: the index is damaged.
         """
         if self.transitions_added:
             raise ValueError("this replay holds transitions already: load into a new one")
-        index_path = Path(save_dir) / _INDEX
-        with _naming(index_path):
-            index = json.loads(index_path.read_text())
-            chunks = [_Chunk(*fields) for fields in index["chunks"]]
-            size = (index["capacity"], index["shapes"])
-            generator, oldest, name = index["generator"], index["oldest"], index["replay"]
-        if size != (self.capacity, self._shapes()):
-            raise ValueError(f"{index_path} is of capacity {size[0]} and shapes {size[1]}, not of this replay's")
+        if index["shapes"] != self._shapes():
+            raise ValueError(f"{folder} holds a replay of shapes {index['shapes']}, not {self._shapes()}")
+        chunks = [_Chunk(end, frames_end, Written(*file)) for end, frames_end, file in index["chunks"]]
         for chunk in chunks:
-            path = index_path.with_name(chunk.name)
-            with _naming(path):
-                content = torch.load(path, weights_only=True)
-                if content["replay"] != name:
-                    raise ValueError("it belongs to another replay")
-                frames = content["frames"].to(self.frames.device)
-                self.frames.index_copy_(0, self._ring(content["frames_start"], chunk.frames_end), frames)
-                for field in _FIELDS:
-                    places = np.arange(content["start"], chunk.end) % self.capacity
-                    getattr(self, field)[places] = content[field].numpy()
-        self.name = name
-        self.generator.bit_generator.state = generator
-        self.oldest = oldest
+            content = read_tensors(folder, chunk.file)
+            with naming(folder / chunk.file.name):
+                self._load_chunk(content, chunk, index["replay"])
+        self.name = index["replay"]
+        self.generator.bit_generator.state = index["generator"]
+        self._saved[folder.resolve()] = chunks
+        if not chunks:
+            return
+        self.oldest = index["oldest"]
         self.transitions_added = chunks[-1].end
         self.frames_added = chunks[-1].frames_end
-        self._chunks, self._folder = chunks, index_path.parent.resolve()
+        frames = self.frames_added - self._first_frame(self.oldest)
+        if len(self) > self.capacity or frames > len(self.frames):
+            raise ValueError(f"{folder} holds {len(self)} transitions, more than this replay of {self.capacity} can")
         self._newest = self._newest_stack()
+
+    def _load_chunk(self, content: dict[str, Any], chunk: _Chunk, name: str) -> None:
+        """Puts a chunk's content into the rings."""
+        if content["replay"] != name:
+            raise ValueError("it belongs to another replay")
+        frames = content["frames"].to(self.frames.device)
+        newest = slice(max(0, len(frames) - len(self.frames)), None)
+        ring = self._ring(content["frames_start"], chunk.frames_end)
+        self.frames.index_copy_(0, ring[newest], frames[newest])
+        places = np.arange(content["start"], chunk.end) % self.capacity
+        for field in _FIELDS:
+            getattr(self, field)[places] = content[field].numpy()
 
     def _newest_stack(self) -> list[tuple[int, np.ndarray]]:
         """Number and pixels of each frame of the last `next_obs`."""
@@ -376,28 +392,6 @@ def _frames_layout(
 class _Chunk(NamedTuple):
     """A file of `save`, and the numbers that follow its last transition and frame."""
 
-    name: str
     end: int
     frames_end: int
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turns whatever goes wrong with a file into one error that names it."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: this replay cannot be loaded") from None
-    except Exception as error:  # torch.load raises almost anything on a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is damaged or no part of this replay: {reason}") from error
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Has `write` fill a temporary file beside `path` and puts it in place once it is on the disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    file: Written

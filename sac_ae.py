@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from decoder import make_decoder
 from encoder import make_encoder
+from files import write_tensors
 from utils import preprocess_obs, soft_update_params
 
 Metrics = dict[str, Tensor]
@@ -498,10 +499,36 @@ class SacAeAgent:
         self.decoder_optimizer.step()
         return {"train_ae/ae_loss": loss.detach()}
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that updates change: networks, target, log alpha and the optimisers' moments."""
+        return {
+            "networks": {name: network.state_dict() for name, network in self.networks.items()},
+            "log_alpha": self.log_alpha.detach(),
+            "optimizers": {name: optimizer.state_dict()["state"] for name, optimizer in self.optimizers.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave; settings, such as learning rates, stay this agent's.
+
+        Raises:
+            KeyError, RuntimeError: it is that of an agent of other networks.
+        """
+        for name, network in self.networks.items():
+            network.load_state_dict(state["networks"][name])
+        with torch.no_grad():
+            self.log_alpha.copy_(state["log_alpha"])
+        for name, optimizer in self.optimizers.items():
+            settings = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state["optimizers"][name], "param_groups": settings})
+            for parameter, moments in optimizer.state.items():
+                for key, value in moments.items():
+                    if value.shape == parameter.shape and key != "step":  # in the parameter's layout in memory
+                        moments[key] = torch.empty_like(parameter).copy_(value)
+
     def save(self, model_dir: str | Path, step: int) -> None:
         """Writes `NAME_STEP.pt` for actor, critic, decoder and, as `target`, the target critic with log alpha."""
         for name, state in self._states().items():
-            torch.save(state, Path(model_dir) / f"{name}_{step}.pt")
+            write_tensors(Path(model_dir) / f"{name}_{step}.pt", state)
 
     def _states(self) -> dict[str, dict[str, Any]]:
         states: dict[str, dict[str, Any]] = {

@@ -18,12 +18,12 @@ import argparse
 import difflib
 import functools
 import inspect
-import json
 import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,11 +33,13 @@ from torch import nn
 from tqdm import tqdm
 
 import dmc2gym
+from checkpoint import Checkpoint, random_states, set_random_states, set_torch_random_states, torch_random_states
 from cuda_graph import GraphedAgent
 from encoder import conv_output_shape
 from environment import EPISODE_LENGTH, make_env
 from evaluation import SideBySide, WorkerError
-from logger import Logger, NonFiniteLossError
+from files import write_json
+from logger import Logger, NonFiniteLossError, cut_logs
 from memory import place_replay
 from sac_ae import SacAeAgent
 from utils import ReplayBuffer, make_dir, set_seed_everywhere
@@ -53,7 +55,13 @@ PUBLISHED_REPEATS = {
     ("walker", "walk"): 2,
 }
 # What a run writes into its work_dir; if any of it is there, the folder belongs to a run.
-RUN_FILES = ("args.json", "train.log", "eval.log", "tb", "video", "model", "buffer")
+RUN_FILES = ("args.json", "train.log", "eval.log", "tb", "video", "model", "buffer", "checkpoint")
+# Flags that may be others when a run is resumed; all else would make it another run.
+CHANGEABLE = {
+    *("work_dir", "resume", "overwrite", "num_train_steps", "eval_freq", "eval_workers", "device", "replay_device"),
+    *("checkpoint_minutes", "checkpoint_freq", "cuda_graph", "save_tb", "save_model", "save_buffer", "save_video"),
+}
+UNNOTED = {"work_dir", "resume", "overwrite"}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -175,6 +183,14 @@ def make_parser() -> OneLineParser:
     group = parser.add_argument_group("run")
     group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=1, help="of everything random")
     group.add_argument("--work_dir", default="./log", help="folder of the run's files, which must not hold a run")
+    group.add_argument(
+        "--resume", action="store_true", help="go on from the checkpoint in work_dir; without one, start"
+    )
+    group.add_argument("--overwrite", action="store_true", help="remove the run that work_dir holds, and start afresh")
+    group.add_argument(
+        "--checkpoint_minutes", type=WEIGHT, default=10, help="minutes after which an episode's end brings a checkpoint"
+    )
+    group.add_argument("--checkpoint_freq", type=COUNT, help="decisions after which it does, too; None: only minutes")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where networks live")
     group.add_argument(
         "--precision",
@@ -218,7 +234,7 @@ def check(args: argparse.Namespace) -> None:
     if args.actor_log_std_min >= args.actor_log_std_max:
         raise ValueError("actor_log_std_min must be below actor_log_std_max")
     check_device(args.device)
-    check_work_dir(args.work_dir)
+    check_work_dir(args)
     if args.compile:
         check_compiler()
     if args.save_video:
@@ -236,22 +252,43 @@ def check_device(name: str) -> None:
         raise ValueError(f"there is no device {name} here; choose {' or '.join(there)}") from error
 
 
-def check_work_dir(name: str) -> None:
-    """Raises ValueError if the folder holds a run or cannot be written."""
-    work_dir = Path(name)
-    if not name:
+def check_work_dir(args: argparse.Namespace) -> None:
+    """Raises ValueError if the folder cannot be written, or holds a run that these flags neither resume nor remove."""
+    work_dir = Path(args.work_dir)
+    if not args.work_dir:
         raise ValueError("work_dir is empty: name a folder")
+    if args.resume and args.overwrite:
+        raise ValueError("resume and overwrite exclude each other: go on, or start afresh?")
     try:
-        held = [file for file in RUN_FILES if (work_dir / file).exists()]
+        held = held_files(work_dir)
         existing = next(path for path in (work_dir, *work_dir.absolute().parents) if path.exists() or path.is_symlink())
     except OSError as error:
-        raise ValueError(f"work_dir {name[:100]} cannot be used: {error.strerror}") from error
-    if held:
-        raise ValueError(f"work_dir {name} holds a run already ({', '.join(held)}): choose another, or move it away")
+        raise ValueError(f"work_dir {args.work_dir[:100]} cannot be used: {error.strerror}") from error
     if not existing.is_dir():
-        raise ValueError(f"work_dir {name} cannot be made: {existing} is no folder")
+        raise ValueError(f"work_dir {work_dir} cannot be made: {existing} is no folder")
     if not os.access(existing, os.W_OK):
-        raise ValueError(f"work_dir {name} cannot be written: choose another")
+        raise ValueError(f"work_dir {work_dir} cannot be written: choose another")
+    if held and args.resume:
+        check_resumed(args)
+    elif held and not args.overwrite:
+        raise ValueError(
+            f"work_dir {work_dir} holds a run already ({', '.join(held)}): "
+            "choose another, or --resume or --overwrite it"
+        )
+
+
+def held_files(work_dir: Path) -> list[str]:
+    """What of a run's files a folder holds."""
+    return [name for name in RUN_FILES if (work_dir / name).exists() or (work_dir / name).is_symlink()]
+
+
+def check_resumed(args: argparse.Namespace) -> None:
+    """Raises ValueError if the run in the folder was started with flags that cannot change."""
+    now, then = vars(args), Checkpoint(Path(args.work_dir) / "checkpoint").args()
+    differ = [name for name in now if name not in CHANGEABLE and now[name] != then.get(name)]
+    if differ:
+        changes = ", ".join(f"--{name} {then.get(name)} is now {now[name]}" for name in differ)
+        raise ValueError(f"work_dir {args.work_dir} holds a run with other flags ({changes}): choose another work_dir")
 
 
 def check_compiler() -> None:
@@ -285,10 +322,18 @@ def make_agent(args: argparse.Namespace, obs_shape: tuple[int, ...], action_shap
     return SacAeAgent(obs_shape, action_shape, args.device, **flags)
 
 
+class Stopped(Exception):  # noqa: N818  # no error
+    """A signal has asked the run to stop, and it has come to where it can."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(signal_number)
+        self.signal_number = signal_number
+
+
 class Run:
     """A training run: environments, agent, replay and logs, wired into one loop.
 
-    Making one writes nothing; `open` and `train` do.
+    Making one writes nothing; `open` and `train` do. Whatever of it a checkpoint must hold is in `state`.
 
     Raises:
         ValueError, dmc2gym.RendererError: what is asked for cannot be had; the message is one for the user.
@@ -299,8 +344,19 @@ class Run:
         set_seed_everywhere(args.seed)
         self.args = args
         self.work_dir = Path(args.work_dir)
+        self.checkpoint = Checkpoint(self.work_dir / "checkpoint")
         self.env = make_env(args, args.seed)
+        self.step = 0  # decisions made
+        self.next_eval = args.eval_freq
+        self.evaluation_due = True
         self.episode = 0
+        self.begun = False  # whether an episode is under way
+        self.action: np.ndarray | None = None  # of the decision that is being made
+        self.updates = 0  # done in it
+        self.actions: list[np.ndarray] = []  # of the episode
+        self.episode_start, self.episode_reward, self.start_time = 0, 0.0, time.perf_counter()
+        self.stopping: int | None = None  # the signal that asks the run to stop
+        self.waiting: dict[str, Any] = {"meters": {}}  # what a logger that opens has to print yet
         self.renderer = ("none", False)
         if args.encoder_type == "pixel" or args.save_video:
             self.env.unwrapped.render()  # whatever cannot be drawn must show before anything is written
@@ -358,65 +414,181 @@ class Run:
         else:
             yield f"first an evaluation, {args.init_steps:,} random decisions, then as many updates at once"
 
-    def open(self) -> None:
-        """Makes the run's folder and its logs.
+    def open(self) -> list[str]:
+        """Makes the run's folder and its logs, or goes on with those that are there; gives lines to print.
 
         Raises:
+            ValueError: the checkpoint that is there cannot be used; nothing has been changed.
             OSError: the folder cannot be written.
         """
+        args, purge_step, lines = self.args, None, []
+        if args.resume and self.checkpoint.exists():
+            lines += self.restore()
+            purge_step = self.step + 1
+        else:
+            held = held_files(self.work_dir)
+            if held:
+                why = "there is no checkpoint yet" if args.resume else "they are overwritten"
+                lines.append(f"removed from {self.work_dir}: {', '.join(held)}; {why}")
+            remove(self.work_dir / name for name in held)
+            self.checkpoint.begin(vars(args))
         # Every episode brings its own seed; of `make_env`'s, only LQR's springs come.
-        make_eval_env = functools.partial(make_env, self.args, self.args.seed)
-        self.eval_envs = SideBySide(make_eval_env, self.args.num_eval_episodes, self.args.eval_workers)
-        make_dir(self.work_dir)
-        (self.work_dir / "args.json").write_text(json.dumps(vars(self.args), indent=4, sort_keys=True) + "\n")
-        self.logger = Logger(self.work_dir, use_tb=self.args.save_tb)
+        make_eval_env = functools.partial(make_env, args, args.seed)
+        self.eval_envs = SideBySide(make_eval_env, args.num_eval_episodes, args.eval_workers)
+        write_json(self.work_dir / "args.json", dict(sorted(vars(args).items())))
+        self.logger = Logger(self.work_dir, use_tb=args.save_tb, purge_step=purge_step)
+        self.logger.set_state(self.waiting)
+        self.last_checkpoint = (time.monotonic(), self.step)
+        return lines
+
+    def restore(self) -> list[str]:
+        """Takes up the checkpoint, and cuts what was logged after it; gives lines to print."""
+        args, then = self.args, self.checkpoint.args()
+        changed = [name for name in sorted(CHANGEABLE - UNNOTED) if then.get(name) != getattr(args, name)]
+        run, tensors = self.checkpoint.load(self.replay, self.agent.device)
+        try:
+            self.agent.load_state_dict(tensors["agent"])
+            self.set_state(run, tensors)
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{self.checkpoint.folder} is not of such a run: {str(error).splitlines()[0]}") from error
+        if then["eval_freq"] != args.eval_freq:
+            self.next_eval = (self.step // args.eval_freq + 1) * args.eval_freq
+        cut_logs(self.work_dir, run["logger"])
+        lines = [f"note: --{name} was {then.get(name)} and is now {getattr(args, name)}" for name in changed]
+        if self.step >= args.num_train_steps and not self.evaluation_due:
+            return [*lines, f"the run has ended at step {self.step}: more --num_train_steps would take it further"]
+        return [*lines, f"resuming at step {self.step}"]
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """All that the run needs to go on, but the replay: numbers and random states, and tensors.
+
+        The simulation is not part of it. An episode that is under way is played again from its start: with the task's
+        random state of then, and the same actions.
+        """
+        names = ("step", "next_eval", "evaluation_due", "episode", "begun", "updates", "episode_start")
+        run = {name: getattr(self, name) for name in names} | {
+            "episode_reward": float(self.episode_reward),
+            "elapsed": time.perf_counter() - self.start_time,
+            "logger": self.logger.state(),
+            "task_random": self.task_random if self.begun else self.env.unwrapped.random_state,
+            "action_random": self.env.action_space.np_random.bit_generator.state,
+            "random": random_states(),
+        }
+        tensors = {
+            "agent": self.agent.state_dict(),
+            "actions": [torch.as_tensor(action) for action in self.actions],
+            "action": None if self.action is None else torch.as_tensor(self.action),
+            "random": torch_random_states(self.agent.device),
+        }
+        return run, tensors
+
+    def set_state(self, run: dict[str, Any], tensors: dict[str, Any]) -> None:
+        """Takes up what `state` gave, but for the agent's part."""
+        self.env.unwrapped.random_state = run["task_random"]
+        if run["begun"]:
+            self.begin_episode()
+            for action in tensors["actions"]:
+                self.actions.append(action.cpu().numpy())
+                self.obs = self.env.step(self.actions[-1])[0]
+        for name in ("step", "next_eval", "evaluation_due", "episode", "begun", "updates", "episode_start"):
+            setattr(self, name, run[name])
+        self.episode_reward = run["episode_reward"]
+        self.start_time = time.perf_counter() - run["elapsed"]
+        self.waiting = run["logger"]
+        self.action = None if tensors["action"] is None else tensors["action"].cpu().numpy()
+        self.env.action_space.np_random.bit_generator.state = run["action_random"]
+        set_random_states(run["random"])
+        set_torch_random_states(tensors["random"], self.agent.device)
+
+    def write_checkpoint(self) -> None:
+        """Writes a checkpoint, which changes nothing about the run.
+
+        Raises:
+            OSError: it cannot be written; the one before it is still there.
+        """
+        self.checkpoint.write(vars(self.args), *self.state(), self.replay)
+        self.last_checkpoint = (time.monotonic(), self.step)
+
+    def checkpoint_due(self) -> bool:
+        """Whether it is time for one."""
+        last_time, last_step = self.last_checkpoint
+        minutes = (time.monotonic() - last_time) / 60
+        freq = self.args.checkpoint_freq or math.inf
+        return self.step > last_step and (minutes >= self.args.checkpoint_minutes or self.step - last_step >= freq)
 
     def train(self) -> None:
         """Runs the loop of a run that is open.
 
         Raises:
+            Stopped: a signal has asked for it.
             NonFiniteLossError: a loss became NaN or infinite.
         """
-        args = self.args
-        self.evaluate(step=0)
-        next_eval = args.eval_freq
-
-        self.begin_episode(0)
-        for step in range(args.num_train_steps):
-            if self.decide(step):
-                decisions = step + 1
-                self.log_episode(decisions)
-                if decisions >= next_eval:
-                    self.evaluate(decisions)
-                    next_eval = (decisions // args.eval_freq + 1) * args.eval_freq
-                self.begin_episode(decisions)
+        if self.step >= self.args.num_train_steps and not self.evaluation_due:
+            return  # it had ended before
+        while True:
+            if self.evaluation_due:
+                self.evaluate(self.step)
+                self.evaluation_due = False
+            if self.step >= self.args.num_train_steps:
+                break
+            if not self.begun:
+                if self.checkpoint_due():
+                    self.write_checkpoint()
+                self.begin_episode()
+            self.stop_if_asked()
+            self.decide()
         self.logger.check_losses()  # of the last episode, if it was cut short
-        self.save(args.num_train_steps)
+        self.save(self.step)
+        self.write_checkpoint()
 
-    def begin_episode(self, step: int) -> None:
-        """Resets the environment before decision `step`."""
+    def stop_if_asked(self) -> None:
+        """Raises Stopped if a signal has asked for it: here the run can go on another time."""
+        if self.stopping is not None:
+            raise Stopped(self.stopping)
+
+    def begin_episode(self) -> None:
+        """Resets the environment."""
+        self.task_random = self.env.unwrapped.random_state
         self.episode += 1
-        self.episode_start, self.episode_reward, self.start_time = step, 0.0, time.perf_counter()
+        self.episode_start, self.episode_reward, self.start_time = self.step, 0.0, time.perf_counter()
+        self.actions = []
         self.obs, _ = self.env.reset()
+        self.begun = True
 
-    def decide(self, step: int) -> bool:
-        """One decision and what follows from it; whether it ended the episode.
+    def decide(self) -> None:
+        """One decision and what follows from it.
 
         The order is the method's: the action is chosen, then the update runs, then the environment steps, so that the
         newest transition is not yet in the batch. On a GPU the update runs while the environment steps.
         """
-        action = self.act(self.obs, step)
-        if step >= self.args.init_steps:
+        if self.action is None:
+            self.action = self.act(self.obs, self.step)
+        if self.step >= self.args.init_steps:
             # The first time, one update for each of the random decisions, all of them at this very step.
-            burst = step == self.args.init_steps
-            for _ in progress(self.args.init_steps, "first updates") if burst else range(1):
-                self.agent.update(self.replay, self.logger, step)
-        next_obs, reward, terminated, truncated, _ = self.env.step(action)
+            due = self.args.init_steps if self.step == self.args.init_steps else 1
+            for _ in progress(range(self.updates, due), "first updates") if due > 1 else range(self.updates, due):
+                self.agent.update(self.replay, self.logger, self.step)
+                self.updates += 1
+                if self.updates < due:
+                    self.stop_if_asked()
+        next_obs, reward, terminated, truncated, _ = self.env.step(self.action)
         # A time limit is no end of the task: the target bootstraps through it.
-        self.replay.add(self.obs, action, reward, next_obs, terminated)
+        self.replay.add(self.obs, self.action, reward, next_obs, terminated)
         self.obs = next_obs
         self.episode_reward += reward
-        return terminated or truncated
+        self.actions.append(self.action)
+        self.action, self.updates = None, 0
+        self.step += 1
+        if terminated or truncated:
+            self.end_episode()
+
+    def end_episode(self) -> None:
+        """Writes the episode's line, and sees whether an evaluation is due."""
+        self.begun = False
+        self.log_episode(self.step)
+        if self.step >= self.next_eval:
+            self.evaluation_due = True
+            self.next_eval = (self.step // self.args.eval_freq + 1) * self.args.eval_freq
 
     def act(self, obs: np.ndarray, step: int) -> np.ndarray:
         """The action of decision `step`: uniform for the first `init_steps`, then the policy's."""
@@ -450,8 +622,9 @@ class Run:
         self.video.record(envs)
         returns, lengths = np.zeros(args.num_eval_episodes), np.zeros(args.num_eval_episodes)
         over = np.zeros(args.num_eval_episodes, dtype=bool)
-        with progress(math.ceil(EPISODE_LENGTH / args.action_repeat), "evaluation") as bar:
+        with progress(range(math.ceil(EPISODE_LENGTH / args.action_repeat)), "evaluation") as bar:
             while not over.all():
+                self.stop_if_asked()  # an evaluation that was broken off is played anew
                 if args.save_tb and not over[0]:
                     seen.append(obs[0].copy())
                 actions = self.finite(self.agent.select_actions(obs), step)
@@ -526,9 +699,59 @@ class Run:
         self.logger.close()
 
 
-def progress(count: int, name: str) -> tqdm:
+def progress(numbers: range, name: str) -> tqdm:
     """Counts, with a bar on stderr if that is a terminal; the bar is gone before a line is printed."""
-    return tqdm(range(count), desc=name, leave=False, disable=None)
+    return tqdm(numbers, desc=name, leave=False, disable=None)
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Removes files, and folders with all that is in them."""
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextmanager
+def stopped_by_signals(run: Run) -> Iterator[None]:
+    """SIGINT and SIGTERM ask the run to stop where it can go on another time; a second one ends the program at once."""
+    numbers = [each for each in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(each) is not signal.SIG_IGN]
+
+    def ask(number: int, _frame: Any) -> None:
+        run.stopping = number
+        for each in numbers:
+            signal.signal(each, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, ask) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def carry_out(run: Run, program: str) -> int:
+    """Trains, and writes a checkpoint if a signal stops it; the exit status."""
+    try:
+        with stopped_by_signals(run):
+            try:
+                for line in run.describe():
+                    print(line, flush=True)
+                run.train()
+            except Stopped as stopped:
+                run.write_checkpoint()
+                name = signal.Signals(stopped.signal_number).name
+                print(f"{program}: stopped by {name} at step {run.step}: --resume goes on", file=sys.stderr)
+                return 128 + stopped.signal_number
+            finally:
+                run.close()
+    except (NonFiniteLossError, dmc2gym.RendererError, WorkerError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more at exit
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -537,30 +760,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         run = Run(args)
-        run.open()
+        for line in run.open():
+            print(line, flush=True)
     except (ValueError, dmc2gym.RendererError, WorkerError, MemoryError, OSError) as error:
         parser.error(str(error))
     except RuntimeError as error:
         if "allocate" not in str(error):  # how PyTorch says on CPU and GPU that memory does not suffice
             raise
         parser.error(str(error))
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        for line in run.describe():
-            print(line, flush=True)
-        run.train()
-    except (NonFiniteLossError, dmc2gym.RendererError, WorkerError, OSError) as error:
-        if isinstance(error, BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more at exit
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
-        return 130
-    finally:
-        run.close()
-    return 0
+    return carry_out(run, parser.prog)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import imageio.v2 as imageio
+import imageio.v3 as iio
+import numpy as np
+
+from files import write_atomically
 
 
 class VideoRecorder:
@@ -45,7 +48,14 @@ class VideoRecorder:
         if not self.enabled or self.dir_name is None:
             return
         self.dir_name.mkdir(parents=True, exist_ok=True)
-        temporary = self.dir_name / f".{file_name}"
         # One writer thread: by default ffmpeg takes the cores that training needs. Blocks of 2: any even size is kept.
-        imageio.mimwrite(temporary, self.frames, fps=self.fps, macro_block_size=2, output_params=["-threads", "1"])
-        temporary.replace(self.dir_name / file_name)
+        video = iio.imwrite(
+            "<bytes>",
+            np.stack(self.frames),
+            extension=".mp4",
+            plugin="FFMPEG",
+            fps=self.fps,
+            macro_block_size=2,
+            output_params=["-threads", "1"],
+        )
+        write_atomically(self.dir_name / file_name, video)

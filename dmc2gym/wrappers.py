@@ -173,6 +173,15 @@ class DMCWrapper(gym.Env):
         """dm_control's physics."""
         return self._env.physics
 
+    @property
+    def random_state(self) -> dict[str, Any]:
+        """State of the generator that episodes are drawn from, to be set again."""
+        return self._env.task.random.get_state(legacy=False)
+
+    @random_state.setter
+    def random_state(self, state: dict[str, Any]) -> None:
+        self._env.task.random.set_state(state)
+
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:

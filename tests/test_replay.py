@@ -365,15 +365,23 @@ def test_save_and_load_continue_as_if_nothing_had_been(
         if action != "nothing":
             with mock.patch.object(replay_buffer, "_MAX_CHUNK", chunk):
                 replay.save(folder)
-            assert {path.name for path in folder.iterdir()} == {"replay.json", *(c.name for c in replay._chunks)}
+            assert {path.name for path in folder.iterdir()} == {"replay.json", *chunk_names(folder)}
         if action == "load":
             loaded, _ = make_both(capacity, num_stacked, shape=shape, place=place)
             loaded.load(folder)
             assert (loaded.oldest, loaded.transitions_added) == (replay.oldest, replay.transitions_added)
             assert loaded.frames_added == replay.frames_added
             assert torch.equal(loaded.sample()[0], replay.sample()[0])
+            larger, _ = make_both(capacity + 5, num_stacked, shape=shape, place=place)
+            larger.load(folder)
+            numbers = np.arange(replay.oldest, replay.transitions_added)
+            assert all(map(torch.equal, larger.gather(numbers), replay.gather(numbers)))
             replay = loaded
         assert_same(replay, naive)
+
+
+def chunk_names(folder):
+    return [file[0] for _, _, file in json.loads((folder / "replay.json").read_text())["chunks"]]
 
 
 def saved_replay(folder):
@@ -423,7 +431,7 @@ def test_a_large_save_is_cut_into_chunks(tmp_path, monkeypatch):
             replay.add(*transition)
             naive.add(*transition)
     replay.save(tmp_path)
-    chunks = [torch.load(tmp_path / chunk.name) for chunk in replay._chunks]
+    chunks = [torch.load(tmp_path / name) for name in chunk_names(tmp_path)]
     assert [len(chunk["rewards"]) for chunk in chunks] == [7, 7, 7, 4]
     assert sum(len(chunk["frames"]) for chunk in chunks) <= len(replay.frames)
     loaded, _ = make_both(25)
@@ -432,10 +440,10 @@ def test_a_large_save_is_cut_into_chunks(tmp_path, monkeypatch):
 
 
 def test_a_failed_save_leaves_the_last_one_good_and_no_litter(tmp_path, monkeypatch):
-    """A chunk or the index cannot be written: the last save stays, and the next one tidies up."""
+    """A chunk, its folder or the index cannot be written: the last save stays, and the next one tidies up."""
     replay = saved_replay(tmp_path)
     fsync = os.fsync
-    for failing in (1, 2):
+    for failing in (1, 2, 3):
         for transition in Episodes(failing, 3).play(5):
             replay.add(*transition)
         written = []
@@ -453,7 +461,7 @@ def test_a_failed_save_leaves_the_last_one_good_and_no_litter(tmp_path, monkeypa
         loaded.load(tmp_path)
         assert loaded.transitions_added == 60
     replay.save(tmp_path)
-    names = ["0_10.pt", "10_30.pt", "30_60.pt", "60_70.pt", "replay.json"]
+    names = ["0_10.pt", "10_30.pt", "30_60.pt", "60_75.pt", "replay.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
@@ -510,8 +518,13 @@ def test_a_killed_save_leaves_the_last_one_good(tmp_path):
     assert len(again) == 65
 
 
-@pytest.mark.parametrize("harm", ["truncate", "empty", "remove", "replace"])
-@pytest.mark.parametrize("name", ["10_30.pt", "replay.json"])
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        *itertools.product(["10_30.pt", "replay.json"], ["truncate", "empty", "remove", "replace"]),
+        ("10_30.pt", "change"),
+    ],
+)
 def test_damaged_files_are_named(tmp_path, name, harm):
     saved_replay(tmp_path / "a")
     path = tmp_path / "a" / name
@@ -522,6 +535,9 @@ def test_damaged_files_are_named(tmp_path, name, harm):
         path.write_bytes(b"")
     elif harm == "remove":
         path.unlink()
+    elif harm == "change":
+        place = len(content) // 2
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
     else:
         saved_replay(tmp_path / "b")
         path.write_bytes((tmp_path / "b" / name).read_bytes())
@@ -540,7 +556,7 @@ def test_other_replays_are_not_overwritten(tmp_path):
         other.save(tmp_path)
     with pytest.raises(ValueError, match="holds transitions already"):
         other.load(tmp_path)
-    small, _ = make_both(99)
-    with pytest.raises(ValueError, match="capacity"):
+    small, _ = make_both(59)
+    with pytest.raises(ValueError, match="60 transitions, more than this replay of 59 can"):
         small.load(tmp_path)
-    assert json.loads((tmp_path / "replay.json").read_text())["capacity"] == 100
+    assert len(chunk_names(tmp_path)) == 3

@@ -453,6 +453,7 @@ def test_published_defaults():
         "discount": 0.99, "init_temperature": 0.1, "alpha_lr": 1e-4, "alpha_beta": 0.5, "seed": 1,
         "work_dir": "./log", "replay_device": "auto", "precision": None,
         "compile": False, "cuda_graph": "auto",
+        "resume": False, "overwrite": False, "checkpoint_minutes": 10, "checkpoint_freq": None,
         "eval_workers": len(os.sched_getaffinity(0)),
         "save_tb": False, "save_model": False, "save_buffer": False, "save_video": False,
         "domain_name": "cheetah", "task_name": "run", "agent": "sac_ae",

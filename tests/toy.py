@@ -32,6 +32,14 @@ class CountingEnv(gym.Env):
         ended = bool(self.ends and action[0] > 0.5)
         return self._observe(), 1.0, ended, self.steps == self.limit and not ended, {}
 
+    @property
+    def random_state(self):
+        return {}
+
+    @random_state.setter
+    def random_state(self, state):
+        pass
+
     def render(self, **_):
         return np.zeros((16, 16, 3), np.uint8)
 
@@ -69,6 +77,14 @@ class BarEnv(gym.Env):
         self.steps += 1
         self.position = float(np.clip(self.position + 0.3 * action[0], -1, 1))
         return self._observe(), 1 - abs(self.position), False, self.steps == 20, {}
+
+    @property
+    def random_state(self):
+        return self.rng.bit_generator.state
+
+    @random_state.setter
+    def random_state(self, state):
+        self.rng.bit_generator.state = state
 
     def render(self, **_):
         return self._observe().transpose(1, 2, 0)

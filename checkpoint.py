@@ -1,0 +1,121 @@
+"""A run's checkpoint: all that it needs to go on as if it had never stopped.
+
+`checkpoint.json` holds numbers and random states and names the files that belong to it: one of tensors, and the
+replay's chunks. It is replaced last, so whatever moment a run is killed at, the checkpoint that it names is whole.
+"""
+
+from __future__ import annotations
+
+import random
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from files import Written, read_json, read_tensors, write_json, write_tensors
+from replay_buffer import ReplayBuffer
+
+_INDEX = "checkpoint.json"
+_VERSION = 1
+
+
+class Checkpoint:
+    """The newest checkpoint of a run, in a folder of its own.
+
+    Args:
+        folder: it need not be there yet.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._index = folder / _INDEX
+
+    def begin(self, args: dict[str, Any]) -> None:
+        """Makes the folder of a run with these flags, without a checkpoint yet."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self._index, {"version": _VERSION, "args": args, "run": None})
+
+    def exists(self) -> bool:
+        """Whether there is a checkpoint.
+
+        Raises:
+            ValueError: whether there is one cannot be said; the message names a file.
+        """
+        return self.folder.exists() and self._read()["run"] is not None
+
+    def args(self) -> dict[str, Any]:
+        """The flags of the run.
+
+        Raises:
+            ValueError: as `exists`.
+        """
+        return self._read()["args"]
+
+    def _read(self) -> dict[str, Any]:
+        index = read_json(self._index)
+        if not isinstance(index, dict) or index.get("version") != _VERSION or not {"args", "run"} <= set(index):
+            raise ValueError(f"{self._index} is no checkpoint of this version of the program")
+        return index
+
+    def write(self, args: dict[str, Any], run: dict[str, Any], tensors: dict[str, Any], replay: ReplayBuffer) -> None:
+        """Writes a checkpoint, of the replay only what is new, and then removes what only the one before it needed.
+
+        Args:
+            args: the flags of the run.
+            run: numbers, strings and NumPy arrays, in dictionaries and lists.
+            tensors: of tensors alike.
+            replay: with all that is in it.
+
+        Raises:
+            OSError: it cannot be written; the checkpoint before it is still there.
+        """
+        replay_index = replay.save_chunks(self.folder)
+        state = write_tensors(self.folder / f"state_{uuid.uuid4().hex}.pt", tensors)
+        write_json(self._index, {"version": _VERSION, "args": args, "run": run, "state": state, "replay": replay_index})
+        replay.keep_chunks(self.folder, replay_index)
+        for path in [*self.folder.glob("state_*.pt"), *self.folder.glob(".*.tmp")]:
+            if path.name != state.name:
+                path.unlink()
+
+    def load(self, replay: ReplayBuffer, device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:
+        """`run` and `tensors` of the checkpoint, these on the device; the replay's content goes into an empty replay.
+
+        Raises:
+            ValueError: a file is missing, damaged or foreign, or the replay too small; the message names it.
+        """
+        index = self._read()
+        try:
+            tensors = read_tensors(self.folder, Written(*index["state"]), device)
+            replay.load_chunks(self.folder, index["replay"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{self._index} is damaged: {error}") from error
+        return index["run"], tensors
+
+
+def random_states() -> dict[str, Any]:
+    """States of Python's and NumPy's global generators."""
+    return {"python": random.getstate(), "numpy": np.random.get_state(legacy=False)}
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Sets what `random_states` gave, lists in place of tuples and arrays allowed."""
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(states["numpy"])
+
+
+def torch_random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """States of PyTorch's generators on the CPU and on the device."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_torch_random_states(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Sets what `torch_random_states` gave."""
+    torch.set_rng_state(states["cpu"].cpu())
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"].cpu(), device)

@@ -1,0 +1,109 @@
+"""Files that appear whole or not at all, and that show if they are not what was written."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Written(NamedTuple):
+    """A file's name, length in bytes and checksum."""
+
+    name: str
+    size: int
+    crc32: int
+
+
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Puts a file in place once all of it is on the disk; what was there before stays until then.
+
+    Raises:
+        OSError: it names the file.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Brings a folder's list of files to the disk, where the system can."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_tensors(path: Path, content: Any) -> Written:
+    """Writes tensors in dictionaries and lists, atomically."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with buffer.getbuffer() as view:
+        write_atomically(path, view)
+        return Written(path.name, len(view), zlib.crc32(view))
+
+
+def read_tensors(folder: Path, written: Written, device: torch.device | str = "cpu") -> Any:
+    """What `write_tensors` wrote; nothing that the file may contain is executed.
+
+    Raises:
+        ValueError: it is missing or not what was written; the message names it.
+    """
+    path = folder / written.name
+    with naming(path):
+        content = path.read_bytes()
+        if len(content) != written.size:
+            raise ValueError(f"it has {len(content)} bytes of {written.size}")
+        if zlib.crc32(content) != written.crc32:
+            raise ValueError("its content has changed")
+        return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        ValueError: it is missing or damaged; the message names it.
+    """
+    with naming(path):
+        return json.loads(path.read_text())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file, atomically; arrays become lists."""
+    write_atomically(path, (json.dumps(content, indent=1, default=_plain) + "\n").encode())
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's arrays and numbers as Python's."""
+    return value.tolist()
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turns whatever goes wrong with reading a file into one error that names it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except Exception as error:  # torch.load raises almost anything on a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is damaged or does not belong here: {reason}") from error

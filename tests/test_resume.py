@@ -1,0 +1,409 @@
+"""Runs that are killed, stopped or out of disk go on as if nothing had been; what cannot go on says so."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from test_train import read_log, without_times
+
+import train
+from checkpoint import Checkpoint
+
+ROOT = Path(__file__).parent.parent
+LONG = bool(os.environ.get("LONG_TESTS"))
+# Episodes of 20 decisions, two of them at random; an evaluation after every third; a checkpoint after each.
+RUN = (
+    "--domain_name cartpole --task_name swingup --action_repeat 50 --image_size 16 --num_layers 2 --num_filters 4 "
+    "--hidden_dim 16 --batch_size 8 --init_steps 40 --num_train_steps 250 --eval_freq 60 --num_eval_episodes 2 "
+    "--device cpu --eval_workers 1 --checkpoint_minutes 0"
+).split()
+STATE = ["--encoder_type", "identity", "--decoder_type", "identity"]
+
+
+def tensors_of(state, name=""):
+    """All tensors in a nest of dictionaries and lists, by path."""
+    if isinstance(state, torch.Tensor):
+        return {name: state}
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list) else ()
+    return {path: tensor for key, value in items for path, tensor in tensors_of(value, f"{name}/{key}").items()}
+
+
+def outcome(work_dir):
+    """Log lines without their times, and the last checkpoint: numbers, and tensors with their bytes."""
+    index = json.loads((work_dir / "checkpoint" / "checkpoint.json").read_text())
+    state = torch.load(work_dir / "checkpoint" / index["state"][0], weights_only=True)
+    run = {key: value for key, value in index["run"].items() if key not in ("elapsed", "logger")}
+    run["meters"] = index["run"]["logger"]["meters"]
+    replay = {key: index["replay"][key] for key in ("oldest", "generator")}
+    logs = [without_times(read_log(work_dir / f"{section}.log")) for section in ("train", "eval")]
+    return logs, run, replay, {path: tensor.numpy().tobytes() for path, tensor in tensors_of(state).items()}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """What the run of these flags comes to."""
+    outcomes = {}
+
+    def get(*flags):
+        if flags not in outcomes:
+            folder = tmp_path_factory.mktemp("uninterrupted") / "log"
+            assert train.main([*RUN, *flags, "--work_dir", str(folder)]) == 0
+            outcomes[flags] = outcome(folder)
+        return outcomes[flags]
+
+    return get
+
+
+def start(work_dir, *flags, script="train.py"):
+    return subprocess.Popen(
+        [sys.executable, ROOT / script, *RUN, *flags, "--work_dir", str(work_dir)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def assert_gone(processes):
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def family(process):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(process.pid).children(recursive=True)
+    return []
+
+
+@pytest.mark.parametrize(
+    ("flags", "seed"), [(("--eval_workers", "2"), 1), (STATE, 2)] if LONG else [(("--eval_workers", "2"), 1)]
+)
+def test_killed_at_random_moments(tmp_path, uninterrupted, flags, seed):
+    """Again and again, among other moments in the middle of a checkpoint; it ends like one that never stopped."""
+    moments, folder, kills = random.Random(seed), tmp_path / "log", 0
+    for _ in range(20 if LONG else 4):
+        process = start(folder, *flags, "--resume", script="tests/slowed.py")
+        process.stdout.readline()  # imports are done
+        time.sleep(moments.uniform(0, 2))
+        others = family(process)
+        process.kill()
+        _, stderr = process.communicate(timeout=60)
+        assert_gone(others)
+        assert stderr == ""
+        kills += process.returncode == -signal.SIGKILL
+    assert kills >= (10 if LONG else 3)
+    process = start(folder, *flags, "--resume")
+    assert process.communicate(timeout=300)[1] == ""
+    assert process.returncode == 0
+    assert outcome(folder) == uninterrupted(*(() if "--eval_workers" in flags else flags))
+
+
+PHASES = {
+    "start": lambda line: True,
+    "evaluation": lambda line: line.startswith("first an evaluation"),
+    "random steps": lambda line: line.startswith("| eval"),
+    "burst": lambda line: line.startswith("| train | E: 2"),
+    "updates": lambda line: line.startswith("| train | E: 4"),
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("phase", PHASES)
+def test_stopped_by_a_signal(tmp_path, uninterrupted, phase, number):
+    """Soon, with a word of how to go on; and it goes on."""
+    folder = tmp_path / "log"
+    flags = ["--eval_workers", "2", "--num_train_steps", "250"]
+    process = start(folder, *flags, "--resume")
+    for line in process.stdout:
+        if PHASES[phase](line):
+            break
+    others = family(process)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert_gone(others)
+    if phase == "start" and process.returncode == -number:  # nothing had begun; a shell says 128 + number
+        assert stderr == ""
+    else:
+        assert process.returncode == 128 + number
+        assert f"stopped by {number.name} at step" in stderr
+        assert stderr.count("\n") == 1
+        assert Checkpoint(folder / "checkpoint").exists()
+    process = start(folder, *flags, "--resume")
+    assert process.communicate(timeout=300)[1] == ""
+    assert outcome(folder) == uninterrupted()
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    process = start(tmp_path / "log", "--num_train_steps", "100000", "--num_eval_episodes", "50")
+    for line in process.stdout:
+        if line.startswith("first an evaluation"):
+            break
+    process.send_signal(signal.SIGSTOP)  # so that the two do not come one after the other is handled
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)
+    time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode in (-signal.SIGINT, 143, 130)
+
+
+@pytest.mark.parametrize("steps", [95, 100])
+def test_more_steps_go_on_where_the_run_ended(tmp_path, uninterrupted, capsys, steps):
+    """Also in the middle of an episode: it ends like one that was to be that long from the start."""
+    folder = ["--work_dir", str(tmp_path / "log")]
+    assert train.main([*RUN, "--num_train_steps", str(steps), *folder]) == 0
+    before = outcome(tmp_path / "log")
+    assert train.main([*RUN, "--num_train_steps", str(steps), *folder, "--resume"]) == 0
+    assert f"the run has ended at step {steps}" in capsys.readouterr().out
+    assert outcome(tmp_path / "log") == before
+    assert train.main([*RUN, *folder, "--resume"]) == 0
+    assert f"note: --num_train_steps was {steps} and is now 250" in capsys.readouterr().out
+    assert outcome(tmp_path / "log") == uninterrupted()
+
+
+def test_checkpoints_change_nothing(tmp_path, uninterrupted):
+    """Nor does what is written beside."""
+    flags = ["--checkpoint_minutes", "1000", "--checkpoint_freq", "70", "--save_model", "--save_buffer", "--save_tb"]
+    assert train.main([*RUN, *flags, "--work_dir", str(tmp_path / "log")]) == 0
+    assert outcome(tmp_path / "log") == uninterrupted()
+
+
+@pytest.mark.parametrize(("flags", "steps"), [
+    (["--checkpoint_minutes", "0"], [20, 40, 60, 80, 95]),
+    (["--checkpoint_minutes", "1000"], [95]),
+    (["--checkpoint_minutes", "1000", "--checkpoint_freq", "30"], [40, 80, 95]),
+])  # fmt: skip
+def test_when_a_checkpoint_is_taken(tmp_path, monkeypatch, flags, steps):
+    """At ends of episodes, and when the run ends."""
+    taken, write = [], train.Run.write_checkpoint
+    monkeypatch.setattr(train.Run, "write_checkpoint", lambda run: (taken.append(run.step), write(run)))
+    assert train.main([*RUN, *flags, "--num_train_steps", "95", "--work_dir", str(tmp_path / "log")]) == 0
+    assert taken == steps
+
+
+def test_what_was_written_after_the_checkpoint_is_cut(tmp_path, monkeypatch, uninterrupted):
+    """Log lines, and TensorBoard's events; videos and models are written again."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, flags = tmp_path / "log", [*RUN, "--checkpoint_freq", "70", "--checkpoint_minutes", "1000"]
+    flags += ["--save_tb", "--save_model", "--save_video", "--work_dir", str(tmp_path / "log")]
+    end_episode = train.Run.end_episode
+
+    def fail(run):
+        end_episode(run)
+        if run.step == 140:
+            raise OSError("a failing disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "end_episode", fail)
+        assert train.main(flags) == 1
+    assert [record["step"] for record in read_log(folder / "train.log")][-1] == 140
+    assert json.loads((folder / "checkpoint" / "checkpoint.json").read_text())["run"]["step"] == 80
+    with (folder / "train.log").open("a") as file:
+        file.write('{"half a li')
+    assert train.main([*flags, "--resume"]) == 0
+    assert outcome(folder) == uninterrupted()
+    events = EventAccumulator(str(folder / "tb"))
+    events.Reload()
+    steps = [event.step for event in events.Scalars("train/episode_reward")]
+    assert steps == [record["step"] for record in read_log(folder / "train.log")]
+    assert len(list((folder / "video").iterdir())) == 5
+    assert {path.name.split("_")[1] for path in (folder / "model").glob("actor_*")} == {
+        "0.pt", "60.pt", "120.pt", "180.pt", "240.pt", "250.pt",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """A short run that has ended, and another one with other random numbers."""
+    folders = []
+    for seed in ("1", "2"):
+        folders.append(tmp_path_factory.mktemp("ended") / "log")
+        flags = [*RUN, "--num_train_steps", "95", "--seed", seed, "--work_dir", str(folders[-1])]
+        assert train.main(flags) == 0
+    return folders
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+HARMS = {
+    "truncated": lambda path, _: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "emptied": lambda path, _: path.write_bytes(b""),
+    "removed": lambda path, _: path.unlink(),
+    "replaced by noise": lambda path, _: path.write_bytes(os.urandom(path.stat().st_size)),
+    "replaced by another run's": lambda path, other: path.write_bytes(other.read_bytes()),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_damaged_checkpoints(tmp_path, ended, capsys, harm):
+    """Each file in turn: one line that names it, and nothing is changed; never a wrong run."""
+    files = sorted(path.relative_to(ended[0]) for path in (ended[0] / "checkpoint").iterdir())
+    assert len(files) == 7  # the index, tensors, five chunks
+    for file in files:
+        folder = tmp_path / file.name
+        shutil.copytree(ended[0], folder)
+        others = [path for path in (ended[1] / "checkpoint").iterdir() if path.name[:4] == file.name[:4]]
+        HARMS[harm](folder / file, others[0])
+        before = contents(folder)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            train.main([*RUN, "--resume", "--work_dir", str(folder)])
+        assert exit_.value.code == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1, error
+        named = "state_" if file.name == "checkpoint.json" and "another" in harm else file.name
+        assert named in error or "flags (--seed 2 is now 1)" in error
+        assert contents(folder) == before
+
+
+@pytest.mark.parametrize("name", ["train.log", "eval.log"])
+def test_lost_log_lines(tmp_path, ended, capsys, name):
+    shutil.copytree(ended[0], tmp_path / "log")
+    os.truncate(tmp_path / "log" / name, 10)
+    before = contents(tmp_path / "log")
+    with pytest.raises(SystemExit):
+        train.main([*RUN, "--resume", "--work_dir", str(tmp_path / "log")])
+    assert f"{name} is missing or shorter than at the checkpoint" in capsys.readouterr().err
+    assert contents(tmp_path / "log") == before
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--hidden_dim", "17"], "--hidden_dim 16 is now 17"),
+    (["--task_name", "balance"], "--task_name swingup is now balance"),
+    (["--seed", "4", "--batch_size", "9"], "--seed 1 is now 4, --batch_size 8 is now 9"),
+    (["--overwrite"], "exclude each other"),
+])  # fmt: skip
+def test_other_flags_are_refused(ended, capsys, flags, words):
+    before = contents(ended[0])
+    with pytest.raises(SystemExit):
+        train.main([*RUN, *flags, "--resume", "--work_dir", str(ended[0])])
+    error = capsys.readouterr().err
+    assert sorted(words) == sorted(words) and all(part in error for part in words.split(", "))
+    assert error.count("\n") == 1
+    assert contents(ended[0]) == before
+
+
+def test_flags_that_may_change_are_noted(tmp_path, ended, capsys):
+    shutil.copytree(ended[0], tmp_path / "log")
+    flags = ["--num_train_steps", "130", "--eval_freq", "30", "--save_model", "--resume"]
+    assert train.main([*RUN, *flags, "--work_dir", str(tmp_path / "log")]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if "is now" in line]
+    assert notes == [
+        "note: --eval_freq was 60 and is now 30",
+        "note: --num_train_steps was 95 and is now 130",
+        "note: --save_model was False and is now True",
+    ]
+    assert [record["step"] for record in read_log(tmp_path / "log" / "eval.log")] == [0, 60, 120]
+
+
+def test_resume_starts_where_there_is_nothing(tmp_path, uninterrupted, capsys):
+    """An empty folder, or one whose run was killed before its first checkpoint."""
+    folder = tmp_path / "log"
+    run = train.Run(train.make_parser().parse_args([*RUN, "--resume", "--work_dir", str(folder)]))
+    run.open()
+    run.evaluate(0)
+    run.close()
+    assert (folder / "eval.log").exists()
+    assert train.main([*RUN, "--resume", "--work_dir", str(folder)]) == 0
+    assert "there is no checkpoint yet" in capsys.readouterr().out
+    assert outcome(folder) == uninterrupted()
+
+
+def test_a_run_without_a_checkpoint_folder_is_not_taken_for_one(tmp_path, ended, capsys):
+    shutil.copytree(ended[0], tmp_path / "log")
+    shutil.rmtree(tmp_path / "log" / "checkpoint")
+    with pytest.raises(SystemExit):
+        train.main([*RUN, "--resume", "--work_dir", str(tmp_path / "log")])
+    assert "checkpoint.json is missing" in capsys.readouterr().err
+    assert (tmp_path / "log" / "eval.log").exists()
+
+
+def test_overwrite_removes_the_run_and_nothing_else(tmp_path, ended, capsys):
+    folder = tmp_path / "log"
+    shutil.copytree(ended[1], folder)
+    (folder / "notes.txt").write_text("mine")
+    assert train.main([*RUN, "--num_train_steps", "95", "--overwrite", "--work_dir", str(folder)]) == 0
+    assert f"removed from {folder}: args.json, train.log, eval.log, checkpoint" in capsys.readouterr().out
+    assert outcome(folder) == outcome(ended[0])
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, and a function that sets its size."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+
+    def resize(size):
+        subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True)
+
+    yield folder, resize
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder):
+    """Leaves no room on a disk."""
+    with contextlib.suppress(OSError), (folder / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+@pytest.mark.parametrize("place", ["write_checkpoint", "log_episode", "save_video", "save"])
+def test_full_disk(small_disk, uninterrupted, monkeypatch, capsys, place):
+    """One line; the last good checkpoint stays, and the run goes on from it when there is room again."""
+    disk, _ = small_disk
+    flags = [*RUN, "--save_video", "--save_model", "--save_tb", "--work_dir", str(disk / "log")]
+    method = getattr(train.Run, place)
+
+    def full(run, *args):
+        if run.step >= 120:
+            fill(disk)
+        return method(run, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, place, full)
+        assert train.main(flags) == 1
+    error = capsys.readouterr().err
+    assert "error: [Errno 28] No space left on device" in error
+    assert error.count("\n") == 1, error
+    (disk / "filler").unlink()
+    assert train.main([*flags, "--resume"]) == 0
+    assert outcome(disk / "log") == uninterrupted()
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last(tmp_path, monkeypatch, capsys, uninterrupted):
+    """Whichever of its writes fails."""
+    fsync = os.fsync
+    for failing in range(1, 8):
+        folder = tmp_path / str(failing)
+        flags = [*RUN, "--checkpoint_freq", "70", "--checkpoint_minutes", "1000", "--work_dir", str(folder)]
+        calls = []
+
+        def fail(descriptor, calls=calls, failing=failing):
+            calls.append(descriptor)
+            if len(calls) == 4 + 8 + failing:  # begin and args.json; the first checkpoint; the second one
+                raise OSError(5, "Input/output error")
+            fsync(descriptor)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fail)
+            assert train.main(flags) == 1
+        assert "Input/output error" in capsys.readouterr().err
+        assert json.loads((folder / "checkpoint" / "checkpoint.json").read_text())["run"]["step"] in (80, 160)
+        assert train.main([*flags, "--resume"]) == 0
+        assert outcome(folder) == uninterrupted()
