@@ -24,6 +24,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,7 +37,7 @@ import dmc2gym
 from cuda_graph import GraphedAgent
 from encoder import conv_output_shape
 from environment import EPISODE_LENGTH, make_env
-from evaluation import SideBySide, WorkerError
+from evaluation import Moment, SideBySide, WorkerError, play
 from logger import Logger, NonFiniteLossError
 from memory import place_replay
 from sac_ae import SacAeAgent
@@ -203,6 +204,19 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         ValueError: says in a line what is wrong and what to do.
     """
+    check_task_and_networks(args)
+    if args.replay_buffer_capacity < args.batch_size:
+        raise ValueError(f"replay_buffer_capacity must be at least batch_size, {args.batch_size}")
+    check_device(args.device)
+    check_work_dir(args.work_dir)
+    if args.compile:
+        check_compiler()
+    if args.save_video:
+        check_ffmpeg("save_video")
+
+
+def check_task_and_networks(args: argparse.Namespace) -> None:
+    """Raises ValueError if there is no such task, or no such networks for it."""
     tasks = dmc2gym.task_names()
     if (args.domain_name, args.task_name) not in tasks:
         name = f"{args.domain_name} {args.task_name}"
@@ -213,16 +227,8 @@ def check(args: argparse.Namespace) -> None:
         conv_output_shape(args.image_size, args.image_size, args.num_layers)
     elif args.decoder_type == "pixel":
         raise ValueError("decoder_type pixel needs encoder_type pixel: states are not reconstructed")
-    if args.replay_buffer_capacity < args.batch_size:
-        raise ValueError(f"replay_buffer_capacity must be at least batch_size, {args.batch_size}")
     if args.actor_log_std_min >= args.actor_log_std_max:
         raise ValueError("actor_log_std_min must be below actor_log_std_max")
-    check_device(args.device)
-    check_work_dir(args.work_dir)
-    if args.compile:
-        check_compiler()
-    if args.save_video:
-        check_ffmpeg()
 
 
 def check_device(name: str) -> None:
@@ -243,15 +249,20 @@ def check_work_dir(name: str) -> None:
         raise ValueError("work_dir is empty: name a folder")
     try:
         held = [file for file in RUN_FILES if (work_dir / file).exists()]
-        existing = next(path for path in (work_dir, *work_dir.absolute().parents) if path.exists() or path.is_symlink())
     except OSError as error:
         raise ValueError(f"work_dir {name[:100]} cannot be used: {error.strerror}") from error
     if held:
         raise ValueError(f"work_dir {name} holds a run already ({', '.join(held)}): choose another, or move it away")
+    check_folder(work_dir, f"work_dir {name}")
+
+
+def check_folder(folder: Path, name: str) -> None:
+    """Raises ValueError if the folder, which need not be there yet, cannot be made or written; `name` says which."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
     if not existing.is_dir():
-        raise ValueError(f"work_dir {name} cannot be made: {existing} is no folder")
+        raise ValueError(f"{name} cannot be made: {existing} is no folder")
     if not os.access(existing, os.W_OK):
-        raise ValueError(f"work_dir {name} cannot be written: choose another")
+        raise ValueError(f"{name} cannot be written: choose another")
 
 
 def check_compiler() -> None:
@@ -261,14 +272,14 @@ def check_compiler() -> None:
         raise ValueError(f"compile needs a C++ compiler, and {compiler} is not there: install g++, or set CXX")
 
 
-def check_ffmpeg() -> None:
-    """Raises ValueError if videos cannot be encoded."""
+def check_ffmpeg(flag: str) -> None:
+    """Raises ValueError if the videos that a flag asks for cannot be encoded."""
     try:
         import imageio_ffmpeg
 
         imageio_ffmpeg.get_ffmpeg_exe()
     except (ImportError, RuntimeError) as error:
-        raise ValueError("save_video needs ffmpeg: pip install imageio[ffmpeg]") from error
+        raise ValueError(f"{flag} needs ffmpeg: pip install imageio[ffmpeg]") from error
 
 
 def replay_capacity(args: argparse.Namespace) -> int:
@@ -446,28 +457,19 @@ class Run:
         args, envs, seen = self.args, self.eval_envs, []
         start_time = time.perf_counter()
         self.video.init(enabled=True)
-        obs = envs.reset([self.evaluation_seed(step, episode) for episode in range(args.num_eval_episodes)])
-        self.video.record(envs)
-        returns, lengths = np.zeros(args.num_eval_episodes), np.zeros(args.num_eval_episodes)
-        over = np.zeros(args.num_eval_episodes, dtype=bool)
-        with progress(math.ceil(EPISODE_LENGTH / args.action_repeat), "evaluation") as bar:
-            while not over.all():
-                if args.save_tb and not over[0]:
-                    seen.append(obs[0].copy())
-                actions = self.finite(self.agent.select_actions(obs), step)
-                lengths += ~over
-                record = not over[0]
-                obs, rewards, over = envs.step(actions)
-                if record:
-                    self.video.record(envs)
-                returns += rewards
-                bar.update()
+        seeds = [self.evaluation_seed(step, episode) for episode in range(args.num_eval_episodes)]
+        moments = play(envs, seeds, lambda obs: self.finite(self.agent.select_actions(obs), step))
+        for moment in with_progress(moments, args.action_repeat):
+            if moment.first_moved:
+                self.video.record(envs)
+            if args.save_tb and not moment.over[0]:
+                seen.append(moment.obs[0].copy())
         self.save_video(step)
         duration = time.perf_counter() - start_time
-        self.logger.log("eval/episode_reward", returns.sum(), step, n=len(returns))
+        self.logger.log("eval/episode_reward", moment.returns.sum(), step, n=len(seeds))
         self.logger.log("eval/duration", duration, step)
         self.logger.log("eval/environment_steps", step * args.action_repeat, step)
-        self.logger.log("eval/decisions_per_second", lengths.sum() / duration, step)
+        self.logger.log("eval/decisions_per_second", moment.lengths.sum() / duration, step)
         self.logger.dump(step)
         if args.save_tb:
             self.log_networks(np.stack(seen[:: max(1, len(seen) // 8)][:8]), step)
@@ -531,33 +533,64 @@ def progress(count: int, name: str) -> tqdm:
     return tqdm(range(count), desc=name, leave=False, disable=None)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
+def with_progress(moments: Iterator[Moment], action_repeat: int) -> Iterator[Moment]:
+    """The moments of an evaluation, with a bar that counts its steps."""
+    with progress(math.ceil(EPISODE_LENGTH / action_repeat), "evaluation") as bar:
+        for moment in moments:
+            if moment.lengths.any():
+                bar.update()
+            yield moment
+
+
+@contextmanager
+def refusals(parser: OneLineParser) -> Iterator[None]:
+    """What cannot be had, as the parser's error: a line, and exit status 2."""
     try:
-        run = Run(args)
-        run.open()
+        yield
     except (ValueError, dmc2gym.RendererError, WorkerError, MemoryError, OSError) as error:
         parser.error(str(error))
     except RuntimeError as error:
         if "allocate" not in str(error):  # how PyTorch says on CPU and GPU that memory does not suffice
             raise
         parser.error(str(error))
+
+
+def hear_interrupts() -> None:
+    """From now on Ctrl-C raises KeyboardInterrupt, unless this program was started to ignore it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def failure(parser: OneLineParser, error: Exception) -> int:
+    """Says what ended the program; returns the exit status."""
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more at exit
+    print(f"{parser.prog}: error: {error}", file=sys.stderr)
+    return 1
+
+
+def interruption(parser: OneLineParser) -> int:
+    """Says that Ctrl-C ended the program; returns the exit status."""
+    print(f"{parser.prog}: interrupted", file=sys.stderr)
+    return 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    with refusals(parser):
+        run = Run(args)
+        run.open()
+    hear_interrupts()
     try:
         for line in run.describe():
             print(line, flush=True)
         run.train()
     except (NonFiniteLossError, dmc2gym.RendererError, WorkerError, OSError) as error:
-        if isinstance(error, BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more at exit
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 1
+        return failure(parser, error)
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
-        return 130
+        return interruption(parser)
     finally:
         run.close()
     return 0
