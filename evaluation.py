@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -204,6 +204,41 @@ class SideBySide:
         """Closes the environments and ends their processes."""
         for group in self._groups:
             group.close()
+
+
+class Moment(NamedTuple):
+    """N episodes side by side, at their start or after a step.
+
+    Observations (N, ...); returns, decisions and which episodes are over, (N,) each.
+    """
+
+    obs: np.ndarray
+    returns: np.ndarray
+    lengths: np.ndarray
+    over: np.ndarray
+
+    @property
+    def first_moved(self) -> bool:
+        """Whether the first episode shows something new: its start, or what a step has made of it."""
+        return self.lengths[0] == self.lengths.max()
+
+
+def play(envs: SideBySide, seeds: Sequence[int], act: Callable[[np.ndarray], np.ndarray]) -> Iterator[Moment]:
+    """Plays one episode of each seed to its end.
+
+    Args:
+        envs: as many environments as there are seeds.
+        seeds: of the episodes.
+        act: actions (N, A) for observations (N, ...).
+    """
+    obs = envs.reset(seeds)
+    returns, lengths, over = (np.zeros(len(seeds), dtype=kind) for kind in (float, float, bool))
+    yield Moment(obs, returns, lengths, over)
+    while not over.all():
+        lengths = lengths + ~over
+        obs, rewards, over = envs.step(act(obs))
+        returns = returns + rewards
+        yield Moment(obs, returns, lengths, over)
 
 
 if __name__ == "__main__":

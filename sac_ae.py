@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -365,6 +367,15 @@ class SacAeAgent:
         layout = torch.channels_last if tensor.dim() == 4 and self.device.type == "cpu" else torch.preserve_format
         return tensor.to(self.device, self.dtype, memory_format=layout)
 
+    @torch.no_grad()
+    def reconstruct(self, obs: np.ndarray) -> np.ndarray:
+        """The decoder's image (N, C, H, W) of observations (N, C, H, W), both uint8 pixels."""
+        if self.decoder is None:
+            raise RuntimeError("there is no decoder: this agent was made with decoder_type identity")
+        with self.layer_precision():
+            image = self.decoder(self.critic.encoder(self._floating(torch.from_numpy(obs))))
+        return ((image + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+
     def update(self, replay_buffer: TransitionSource, L: MetricLogger, step: int) -> Metrics:  # noqa: N803
         """One update of everything that is due at decision `step`, on one batch.
 
@@ -543,23 +554,57 @@ class SacAeAgent:
     def load(self, model_dir: str | Path, step: int) -> None:
         """Loads what `save` or the authors' script wrote; without `target_STEP.pt` the target is the critic's copy.
 
+        Nothing that a file contains is executed. If it raises, the agent is as it was.
+
         Raises:
-            FileNotFoundError: a network's file is missing.
-            RuntimeError: a file's shapes are not this agent's.
+            ValueError: a network's file is missing, damaged, foreign, or of another network than this agent's; the
+                message is a line that names it.
         """
-
-        def read(name: str) -> dict[str, Any]:
-            path = Path(model_dir) / f"{name}_{step}.pt"
-            return torch.load(path, map_location=self.device, weights_only=True)
-
-        self.actor.load_state_dict(read("actor"))
-        self.critic.load_state_dict(read("critic"))
-        if self.decoder is not None:
-            self.decoder.load_state_dict(read("decoder"))
-        if (Path(model_dir) / f"target_{step}.pt").exists():
-            target = read("target")
-            self.critic_target.load_state_dict(target["critic_target"])
+        paths = {name: Path(model_dir) / f"{name}_{step}.pt" for name in self._states()}
+        if not os.path.lexists(paths["target"]):
+            del paths["target"]
+        states = {name: _read_state(path, self._states()[name], self.device) for name, path in paths.items()}
+        target = states.pop("target", {"critic_target": states["critic"]})
+        for name, state in states.items():
+            getattr(self, name).load_state_dict(state)
+        self.critic_target.load_state_dict(target["critic_target"])
+        if "log_alpha" in target:
             with torch.no_grad():
                 self.log_alpha.copy_(target["log_alpha"])
-        else:
-            self.critic_target.load_state_dict(self.critic.state_dict())
+
+
+def _read_state(path: Path, like: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """What the file holds: tensors of the names and shapes of `like`; else ValueError, a line that names the file."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about files that are refused anyway
+            state = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except Exception as error:  # torch.load raises almost anything on a file that is not its own
+        raise ValueError(f"{path} is damaged, or holds something else than a network's weights") from error
+    try:
+        _check_alike(state, like)
+    except ValueError as error:
+        raise ValueError(f"{path} is not of this network: {error}") from None
+    return state
+
+
+def _check_alike(state: Any, like: Any, name: str = "it") -> None:
+    """Raises ValueError unless both are tensors of one shape, or dictionaries of such under the same names."""
+    if isinstance(like, Mapping):
+        if not isinstance(state, Mapping):
+            raise ValueError(f"{name} is no dictionary of weights")
+        different = sorted(map(str, state.keys() ^ like.keys()))
+        if different:
+            key = different[0]
+            raise ValueError(
+                f"{name} lacks {key}" if key in like else f"{name} has {key:.100}, which the network has not"
+            )
+        for key in like:
+            _check_alike(state[key], like[key], key)
+    elif not isinstance(state, Tensor) or not state.is_floating_point() or state.layout != torch.strided:
+        raise ValueError(f"{name} is no tensor of floating numbers")
+    elif state.shape != like.shape:
+        raise ValueError(f"{name} has shape {tuple(state.shape)}, the network's has {tuple(like.shape)}")

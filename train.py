@@ -37,7 +37,7 @@ from checkpoint import Checkpoint, random_states, set_random_states, set_torch_r
 from cuda_graph import GraphedAgent
 from encoder import conv_output_shape
 from environment import EPISODE_LENGTH, make_env
-from evaluation import SideBySide, WorkerError
+from evaluation import Moment, SideBySide, WorkerError, play
 from files import write_json
 from logger import Logger, NonFiniteLossError, cut_logs
 from memory import place_replay
@@ -219,6 +219,19 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         ValueError: says in a line what is wrong and what to do.
     """
+    check_task_and_networks(args)
+    if args.replay_buffer_capacity < args.batch_size:
+        raise ValueError(f"replay_buffer_capacity must be at least batch_size, {args.batch_size}")
+    check_device(args.device)
+    check_work_dir(args)
+    if args.compile:
+        check_compiler()
+    if args.save_video:
+        check_ffmpeg("save_video")
+
+
+def check_task_and_networks(args: argparse.Namespace) -> None:
+    """Raises ValueError if there is no such task, or no such networks for it."""
     tasks = dmc2gym.task_names()
     if (args.domain_name, args.task_name) not in tasks:
         name = f"{args.domain_name} {args.task_name}"
@@ -229,16 +242,8 @@ def check(args: argparse.Namespace) -> None:
         conv_output_shape(args.image_size, args.image_size, args.num_layers)
     elif args.decoder_type == "pixel":
         raise ValueError("decoder_type pixel needs encoder_type pixel: states are not reconstructed")
-    if args.replay_buffer_capacity < args.batch_size:
-        raise ValueError(f"replay_buffer_capacity must be at least batch_size, {args.batch_size}")
     if args.actor_log_std_min >= args.actor_log_std_max:
         raise ValueError("actor_log_std_min must be below actor_log_std_max")
-    check_device(args.device)
-    check_work_dir(args)
-    if args.compile:
-        check_compiler()
-    if args.save_video:
-        check_ffmpeg()
 
 
 def check_device(name: str) -> None:
@@ -261,13 +266,9 @@ def check_work_dir(args: argparse.Namespace) -> None:
         raise ValueError("resume and overwrite exclude each other: go on, or start afresh?")
     try:
         held = held_files(work_dir)
-        existing = next(path for path in (work_dir, *work_dir.absolute().parents) if path.exists() or path.is_symlink())
+        check_folder(work_dir, f"work_dir {args.work_dir}")
     except OSError as error:
         raise ValueError(f"work_dir {args.work_dir[:100]} cannot be used: {error.strerror}") from error
-    if not existing.is_dir():
-        raise ValueError(f"work_dir {work_dir} cannot be made: {existing} is no folder")
-    if not os.access(existing, os.W_OK):
-        raise ValueError(f"work_dir {work_dir} cannot be written: choose another")
     if held and args.resume:
         check_resumed(args)
     elif held and not args.overwrite:
@@ -291,6 +292,15 @@ def check_resumed(args: argparse.Namespace) -> None:
         raise ValueError(f"work_dir {args.work_dir} holds a run with other flags ({changes}): choose another work_dir")
 
 
+def check_folder(folder: Path, name: str) -> None:
+    """Raises ValueError if the folder, which need not be there yet, cannot be made or written; `name` says which."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    if not existing.is_dir():
+        raise ValueError(f"{name} cannot be made: {existing} is no folder")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"{name} cannot be written: choose another")
+
+
 def check_compiler() -> None:
     """Raises ValueError if torch.compile finds no compiler."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
@@ -298,14 +308,14 @@ def check_compiler() -> None:
         raise ValueError(f"compile needs a C++ compiler, and {compiler} is not there: install g++, or set CXX")
 
 
-def check_ffmpeg() -> None:
-    """Raises ValueError if videos cannot be encoded."""
+def check_ffmpeg(flag: str) -> None:
+    """Raises ValueError if the videos that a flag asks for cannot be encoded."""
     try:
         import imageio_ffmpeg
 
         imageio_ffmpeg.get_ffmpeg_exe()
     except (ImportError, RuntimeError) as error:
-        raise ValueError("save_video needs ffmpeg: pip install imageio[ffmpeg]") from error
+        raise ValueError(f"{flag} needs ffmpeg: pip install imageio[ffmpeg]") from error
 
 
 def replay_capacity(args: argparse.Namespace) -> int:
@@ -618,29 +628,20 @@ class Run:
         args, envs, seen = self.args, self.eval_envs, []
         start_time = time.perf_counter()
         self.video.init(enabled=True)
-        obs = envs.reset([self.evaluation_seed(step, episode) for episode in range(args.num_eval_episodes)])
-        self.video.record(envs)
-        returns, lengths = np.zeros(args.num_eval_episodes), np.zeros(args.num_eval_episodes)
-        over = np.zeros(args.num_eval_episodes, dtype=bool)
-        with progress(range(math.ceil(EPISODE_LENGTH / args.action_repeat)), "evaluation") as bar:
-            while not over.all():
-                self.stop_if_asked()  # an evaluation that was broken off is played anew
-                if args.save_tb and not over[0]:
-                    seen.append(obs[0].copy())
-                actions = self.finite(self.agent.select_actions(obs), step)
-                lengths += ~over
-                record = not over[0]
-                obs, rewards, over = envs.step(actions)
-                if record:
-                    self.video.record(envs)
-                returns += rewards
-                bar.update()
+        seeds = [self.evaluation_seed(step, episode) for episode in range(args.num_eval_episodes)]
+        moments = play(envs, seeds, lambda obs: self.finite(self.agent.select_actions(obs), step))
+        for moment in with_progress(moments, args.action_repeat):
+            self.stop_if_asked()  # an evaluation that was broken off is played anew
+            if moment.first_moved:
+                self.video.record(envs)
+            if args.save_tb and not moment.over[0]:
+                seen.append(moment.obs[0].copy())
         self.save_video(step)
         duration = time.perf_counter() - start_time
-        self.logger.log("eval/episode_reward", returns.sum(), step, n=len(returns))
+        self.logger.log("eval/episode_reward", moment.returns.sum(), step, n=len(seeds))
         self.logger.log("eval/duration", duration, step)
         self.logger.log("eval/environment_steps", step * args.action_repeat, step)
-        self.logger.log("eval/decisions_per_second", lengths.sum() / duration, step)
+        self.logger.log("eval/decisions_per_second", moment.lengths.sum() / duration, step)
         self.logger.dump(step)
         if args.save_tb:
             self.log_networks(np.stack(seen[:: max(1, len(seen) // 8)][:8]), step)
@@ -731,7 +732,49 @@ def stopped_by_signals(run: Run) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def carry_out(run: Run, program: str) -> int:
+def with_progress(moments: Iterator[Moment], action_repeat: int) -> Iterator[Moment]:
+    """The moments of an evaluation, with a bar that counts its steps."""
+    with progress(range(math.ceil(EPISODE_LENGTH / action_repeat)), "evaluation") as bar:
+        for moment in moments:
+            if moment.lengths.any():
+                bar.update()
+            yield moment
+
+
+@contextmanager
+def refusals(parser: OneLineParser) -> Iterator[None]:
+    """What cannot be had, as the parser's error: a line, and exit status 2."""
+    try:
+        yield
+    except (ValueError, dmc2gym.RendererError, WorkerError, MemoryError, OSError) as error:
+        parser.error(str(error))
+    except RuntimeError as error:
+        if "allocate" not in str(error):  # how PyTorch says on CPU and GPU that memory does not suffice
+            raise
+        parser.error(str(error))
+
+
+def hear_interrupts() -> None:
+    """From now on Ctrl-C raises KeyboardInterrupt, unless this program was started to ignore it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def failure(parser: OneLineParser, error: Exception) -> int:
+    """Says what ended the program; returns the exit status."""
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more at exit
+    print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 1
+
+
+def interruption(parser: OneLineParser) -> int:
+    """Says that Ctrl-C ended the program; returns the exit status."""
+    print(f"{parser.prog}: interrupted", file=sys.stderr)
+    return 130
+
+
+def carry_out(run: Run, parser: OneLineParser) -> int:
     """Trains, and writes a checkpoint if a signal stops it; the exit status."""
     try:
         with stopped_by_signals(run):
@@ -742,15 +785,12 @@ def carry_out(run: Run, program: str) -> int:
             except Stopped as stopped:
                 run.write_checkpoint()
                 name = signal.Signals(stopped.signal_number).name
-                print(f"{program}: stopped by {name} at step {run.step}: --resume goes on", file=sys.stderr)
+                print(f"{parser.prog}: stopped by {name} at step {run.step}: --resume goes on", file=sys.stderr)
                 return 128 + stopped.signal_number
             finally:
                 run.close()
     except (NonFiniteLossError, dmc2gym.RendererError, WorkerError, OSError) as error:
-        if isinstance(error, BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more at exit
-        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return failure(parser, error)
     return 0
 
 
@@ -758,17 +798,11 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    try:
+    with refusals(parser):
         run = Run(args)
         for line in run.open():
             print(line, flush=True)
-    except (ValueError, dmc2gym.RendererError, WorkerError, MemoryError, OSError) as error:
-        parser.error(str(error))
-    except RuntimeError as error:
-        if "allocate" not in str(error):  # how PyTorch says on CPU and GPU that memory does not suffice
-            raise
-        parser.error(str(error))
-    return carry_out(run, parser.prog)
+    return carry_out(run, parser)
 
 
 if __name__ == "__main__":

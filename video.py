@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import uuid
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import imageio.v3 as iio
-import numpy as np
-
-from files import write_atomically
+import imageio.v2 as imageio
 
 
 class VideoRecorder:
@@ -47,15 +48,34 @@ class VideoRecorder:
         """Writes the frames to `file_name` (.mp4) in the recorder's folder; it appears whole or not at all."""
         if not self.enabled or self.dir_name is None:
             return
-        self.dir_name.mkdir(parents=True, exist_ok=True)
-        # One writer thread: by default ffmpeg takes the cores that training needs. Blocks of 2: any even size is kept.
-        video = iio.imwrite(
-            "<bytes>",
-            np.stack(self.frames),
-            extension=".mp4",
-            plugin="FFMPEG",
-            fps=self.fps,
-            macro_block_size=2,
-            output_params=["-threads", "1"],
-        )
-        write_atomically(self.dir_name / file_name, video)
+        write_video(self.dir_name / file_name, self.frames, self.fps)
+
+
+def write_video(path: Path, frames: Iterable[Any], fps: int = 30, overwrite: bool = True) -> None:
+    """Writes pictures (H, W, 3), uint8 with even sides, as an mp4, in a folder that is made if it is missing.
+
+    The file appears whole or not at all.
+
+    Raises:
+        FileExistsError: the file is there and shall not be overwritten.
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{uuid.uuid4().hex}.mp4")
+    # One writer thread: by default ffmpeg takes the cores that training needs. Blocks of 2: any even size is kept.
+    options: dict[str, Any] = {"macro_block_size": 2, "output_params": ["-threads", "1"], "ffmpeg_log_level": "quiet"}
+    try:
+        writer: Any
+        with imageio.get_writer(temporary, fps=fps, **options) as writer:
+            for frame in frames:
+                writer.append_data(frame)
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path} exists by now, and is not overwritten")
+        temporary.replace(path)
+    except FileExistsError:
+        raise
+    except OSError as error:  # of many lines
+        raise OSError(errno.EIO, "ffmpeg could not write it; is the disk full?", str(path)) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gym
 import numpy as np
 
+from environment import FrameStack, make_env
+
 
 class CountingEnv(gym.Env):
     """Every pixel is the number of the frame within the run (mod 256): stacking errors show.
@@ -88,3 +90,31 @@ class BarEnv(gym.Env):
 
     def render(self, **_):
         return self._observe().transpose(1, 2, 0)
+
+
+class SlidingEnv(BarEnv):
+    """A bar that begins anywhere, before a background that brightens by the decision: no two frames are the same."""
+
+    def __init__(self, size):
+        self.size = size
+        super().__init__()
+
+    def _observe(self):
+        return np.maximum(super()._observe(), 10 * self.steps).astype(np.uint8)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.position = float(self.rng.uniform(-0.9, 0.9))
+        return self._observe(), {}
+
+    def render(self, height=1, width=1, **_):
+        picture = np.zeros((height, width, 3), np.uint8)
+        picture[:, : width // 2, 1] = 12 * getattr(self, "steps", 0)
+        return picture
+
+
+def make_sliding_env(args, seed):
+    """In place of `environment.make_env`: this one for pixels; states stay the simulator's."""
+    if args.encoder_type == "pixel":
+        return FrameStack(SlidingEnv(args.image_size), args.frame_stack)
+    return make_env(args, seed)
