@@ -53,6 +53,26 @@ class Checkpoint:
         """
         return self._read()["args"]
 
+    def step(self) -> int:
+        """Decisions that had been made when it was taken.
+
+        Raises:
+            ValueError: as `exists`.
+        """
+        return int(self._read()["run"]["step"])
+
+    def tensors(self, device: torch.device) -> dict[str, Any]:
+        """Its tensors, on the device.
+
+        Raises:
+            ValueError: a file is missing, damaged or foreign; the message names it.
+        """
+        index = self._read()
+        try:
+            return read_tensors(self.folder, Written(*index["state"]), device)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{self._index} is damaged: {error}") from error
+
     def _read(self) -> dict[str, Any]:
         index = read_json(self._index)
         if not isinstance(index, dict) or index.get("version") != _VERSION or not {"args", "run"} <= set(index):
@@ -85,9 +105,8 @@ class Checkpoint:
         Raises:
             ValueError: a file is missing, damaged or foreign, or the replay too small; the message names it.
         """
-        index = self._read()
+        index, tensors = self._read(), self.tensors(device)
         try:
-            tensors = read_tensors(self.folder, Written(*index["state"]), device)
             replay.load_chunks(self.folder, index["replay"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"{self._index} is damaged: {error}") from error

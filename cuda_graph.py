@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -38,14 +38,19 @@ class Captured:
             self._fill(arguments)
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
+            # This context, not only the capture's own, so that whatever fails, the stream is again what it was.
             with torch.cuda.stream(stream):
                 for _ in range(_WARMUP):
                     function(*self._arguments)
+                self._graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+                try:
+                    # By thread: the one that gathers the next batch goes on with its copies.
+                    with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                        self._result = function(*self._arguments)
+                except RuntimeError as error:
+                    _leave_capture(pool)
+                    raise RuntimeError(*(error.__context__ or error).args) from error  # what went wrong first
             torch.cuda.current_stream().wait_stream(stream)
-            self._graph = torch.cuda.CUDAGraph()
-            # By thread: the one that gathers the next batch goes on with its copies.
-            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-                self._result = function(*self._arguments)
 
     def _fill(self, arguments: Sequence[Tensor]) -> None:
         for mine, argument in zip(self._arguments, arguments, strict=True):
@@ -56,6 +61,14 @@ class Captured:
         self._fill(arguments)
         self._graph.replay()
         return self._result.clone()
+
+
+def _leave_capture(pool: Any) -> None:
+    """Ends what a capture that failed has left open: PyTorch's generator and allocator would go on as if in it."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    generator.graphsafe_set_state(generator.clone_state())
+    with suppress(RuntimeError):  # it had ended
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
 
 
 class GraphedAgent(SacAeAgent):
@@ -85,9 +98,9 @@ class GraphedAgent(SacAeAgent):
             return super()._update_from(replay_buffer, due)
         if isinstance(replay_buffer, ReplayBuffer) and replay_buffer.frames.device.type == self.device.type:
             assemble: Callable[..., Any] = replay_buffer.assemble
-            inputs, source = replay_buffer.draw_places(), id(replay_buffer)
+            inputs, source = replay_buffer.draw_places(), replay_buffer
         else:
-            inputs, assemble, source = replay_buffer.sample(), _as_they_are, 0
+            inputs, assemble, source = replay_buffer.sample(), _as_they_are, None
 
         def update(*inputs: Tensor) -> Tensor:
             metrics = self._update(assemble(*inputs), due)
@@ -112,13 +125,13 @@ class GraphedAgent(SacAeAgent):
             return None
         key += tuple((argument.shape, argument.dtype) for argument in arguments)
         if key not in self._graphs:
-            try:
-                with self._unchanged():
+            with self._unchanged():
+                try:
                     self._graphs[key] = Captured(function, arguments, self.device)
-            except RuntimeError as error:
-                self._graphs = None
-                self._report(f"going on without CUDA graphs: {str(error).splitlines()[0]}")
-                return None
+                except RuntimeError as error:
+                    self._graphs = None
+                    self._report(f"going on without CUDA graphs: {(str(error) or repr(error)).splitlines()[0]}")
+                    return None
         return self._graphs[key]
 
     @contextmanager

@@ -21,6 +21,7 @@ import numpy as np
 
 import dmc2gym
 import train  # before whatever else imports PyTorch: it sets how that one's threads wait
+from checkpoint import Checkpoint
 from environment import make_env
 from evaluation import SideBySide, WorkerError, play
 from sac_ae import SacAeAgent
@@ -71,7 +72,7 @@ def make_parser() -> train.OneLineParser:
 
 
 def find_models(work_dir: Path, step: int | None) -> tuple[Path, int]:
-    """Folder and step of a run's models: those of `step`, or the newest.
+    """Folder and step of a run's models: those of `step`, or the newest; where none were saved, the checkpoint.
 
     Args:
         work_dir: the run's folder, or the one that holds the models.
@@ -92,7 +93,12 @@ def find_models(work_dir: Path, step: int | None) -> tuple[Path, int]:
             raise ValueError(f"{folder} holds no models of step {step}; close ones: {', '.join(map(str, close))}")
         if steps:
             return folder, max(steps)
-    raise ValueError(f"{work_dir} holds no models (actor_STEP.pt, ...): train.py writes them with --save_model")
+    checkpoint = Checkpoint(work_dir / "checkpoint")
+    if not checkpoint.exists():
+        raise ValueError(f"{work_dir} holds no models (actor_STEP.pt, ...): train.py writes them with --save_model")
+    if step not in (None, checkpoint.step()):
+        raise ValueError(f"{work_dir} holds no models of step {step}, only a checkpoint of step {checkpoint.step()}")
+    return checkpoint.folder, checkpoint.step()
 
 
 def find_flags(work_dir: Path, folder: Path) -> Path | None:
@@ -177,7 +183,10 @@ class Evaluation:
             check_video(self.video)
         self.agent = self.make_agent()
         try:
-            self.agent.load(self.folder, self.step)
+            if self.folder.name == "checkpoint":
+                self.agent.load_state_dict(Checkpoint(self.folder).tensors(self.agent.device)["agent"])
+            else:
+                self.agent.load(self.folder, self.step)
         except ValueError as error:
             hint = "" if flags_path else "; without args.json give the flags that it was trained with"
             raise ValueError(f"{error}{hint}") from error

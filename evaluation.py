@@ -109,6 +109,9 @@ class _RemoteGroup:
 @contextmanager
 def _held_interrupts() -> Iterator[None]:
     """Interrupts wait until the end. A process started within inherits that and never sees any; this one decides."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         yield
@@ -142,6 +145,8 @@ def serve() -> None:
     except BrokenPipeError:
         pass
     finally:
+        with suppress(OSError):
+            answers.close()
         if group is not None:
             group.close()
 
@@ -162,8 +167,12 @@ class SideBySide:
         kind = _RemoteGroup if num_groups > 1 else _Group
         self._groups = [kind(make_env, len(part)) for part in self._slices]
         if num_groups > 1:
-            for group in self._groups:
-                group.finish()  # its environments are made
+            try:
+                for group in self._groups:
+                    group.finish()  # its environments are made
+            except BaseException:
+                self.close()
+                raise
 
     def _call(self, method: str, arguments: Sequence[Any]) -> list[Any]:
         for group, part in zip(self._groups, self._slices, strict=True):

@@ -274,7 +274,7 @@ class SacAeAgent:
         self.log_alpha.requires_grad_()
 
         def adam(params: Iterable[Tensor], lr: float, beta: float, weight_decay: float = 0) -> torch.optim.Adam:
-            # Capturable: its count of steps, too, is advanced by the GPU.
+            # Capturable: as CUDA graphs want it. Nothing else changes, a fused Adam counts its steps on the GPU anyway.
             capturable = self.device.type == "cuda"
             return torch.optim.Adam(
                 params, lr, (beta, 0.999), weight_decay=weight_decay, fused=True, capturable=capturable
@@ -522,8 +522,10 @@ class SacAeAgent:
         """Restores what `state_dict` gave; settings, such as learning rates, stay this agent's.
 
         Raises:
-            KeyError, RuntimeError: it is that of an agent of other networks.
+            ValueError: it is that of an agent of other networks; this one is as it was.
         """
+        mine = self.state_dict()
+        _check_alike({"networks": state["networks"]}, {"networks": mine["networks"]})
         for name, network in self.networks.items():
             network.load_state_dict(state["networks"][name])
         with torch.no_grad():

@@ -19,8 +19,10 @@ import difflib
 import functools
 import inspect
 import math
+import shlex
 import shutil
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -99,6 +101,11 @@ WEIGHT = number(float, 0)
 ANY = number(float, -math.inf, math.inf)
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def make_parser() -> OneLineParser:
     """The command line; each flag with a help text and its default."""
     parser = OneLineParser(
@@ -149,7 +156,7 @@ def make_parser() -> OneLineParser:
     group.add_argument(
         "--eval_workers",
         type=COUNT,
-        default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        default=cores(),
         help="processes that play them, at most one for each; 1 plays them in the training process",
     )
 
@@ -302,10 +309,12 @@ def check_folder(folder: Path, name: str) -> None:
 
 
 def check_compiler() -> None:
-    """Raises ValueError if torch.compile finds no compiler."""
+    """Raises ValueError if torch.compile finds no compiler, or not Python's headers."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(compiler) is None:
+    if shutil.which(shlex.split(compiler)[0]) is None:
         raise ValueError(f"compile needs a C++ compiler, and {compiler} is not there: install g++, or set CXX")
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        raise ValueError("compile needs Python's headers: on Debian or Ubuntu, apt-get install python3-dev")
 
 
 def check_ffmpeg(flag: str) -> None:

@@ -190,6 +190,20 @@ def test_choice_of_models(tmp_path):
             evaluate.find_models(folder, 8)
 
 
+def test_a_checkpoint_serves_where_no_models_were_saved(run, capsys):
+    """The run's end is both: the same returns."""
+    saved = play(run)
+    shutil.rmtree(run / "model")
+    assert evaluate.find_models(run, None) == (run / "checkpoint", 30)
+    assert play(run) == play(run, "--step", "30") == saved
+    assert_refused(capsys, run, run, "--step", "20", words="no models of step 20, only a checkpoint of step 30")
+    state = next((run / "checkpoint").glob("state_*.pt"))
+    state.write_bytes(state.read_bytes()[:100])
+    assert_refused(capsys, run, run, words=(state, "100 bytes"))
+    (run / "checkpoint" / "checkpoint.json").write_text("{}")
+    assert_refused(capsys, run, run, words="checkpoint.json is no checkpoint")
+
+
 def test_folders_without_models(tmp_path, capsys):
     (tmp_path / "file").touch()
     (tmp_path / "run" / "model").mkdir(parents=True)
@@ -470,7 +484,10 @@ def test_a_video_that_fails_leaves_nothing(runs, tmp_path, capsys, monkeypatch):
         yield from list(frames(evaluation))[:2]
         raise OSError("no space\nand more")
 
-    for fail, words, left in ((disk_full, r"is the disk full\?.*", []), (someone_else, "is not overwritten", ["a.mp4"])):
+    for fail, words, left in (
+        (disk_full, r"is the disk full\?.*", []),
+        (someone_else, "is not overwritten", ["a.mp4"]),
+    ):
         monkeypatch.setattr(evaluate.Evaluation, "frames", fail)
         assert evaluate.main(command) == 1
         output = capsys.readouterr()

@@ -113,6 +113,27 @@ def test_environments_that_cannot_be_made():
         SideBySide(no_env, 2, 2)
 
 
+class Chatty(Countdown):
+    """Prints, and at the third step is gone."""
+
+    def step(self, action):
+        print("a line that nobody asked for", flush=True)
+        if self.left == 1:
+            os._exit(3)
+        return super().step(action)
+
+
+def test_what_environments_print_does_not_come_between():
+    envs = SideBySide(Chatty, 2, 2)
+    envs.reset([3, 9])
+    envs.step(np.zeros((2, 1)))
+    assert envs.step(np.zeros((2, 1)))[0].tolist() == [[1], [7]]
+    with pytest.raises(WorkerError, match="has died"):  # while it answers
+        envs.step(np.zeros((2, 1)))
+    envs.close()
+    assert [group._process.returncode for group in envs._groups] == [3, 0]
+
+
 def test_a_dead_process_is_an_error():
     envs = SideBySide(Countdown, 2, 2)
     envs.reset([1, 2])

@@ -385,6 +385,9 @@ def test_impossible_folders_are_refused(tmp_path, capsys, monkeypatch):
 def test_compile_without_a_compiler_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert_refused(tmp_path / "log", capsys, ["--compile"], "no-such-compiler is not there: install g++")
+    monkeypatch.setenv("CXX", "sh -c")  # a command with flags
+    monkeypatch.setattr(train.sysconfig, "get_path", lambda _: str(tmp_path))
+    assert_refused(tmp_path / "log", capsys, ["--compile"], "compile needs Python's headers")
 
 
 def test_cuda_graphs_are_for_gpus(monkeypatch):
@@ -454,7 +457,7 @@ def test_published_defaults():
         "work_dir": "./log", "replay_device": "auto", "precision": None,
         "compile": False, "cuda_graph": "auto",
         "resume": False, "overwrite": False, "checkpoint_minutes": 10, "checkpoint_freq": None,
-        "eval_workers": len(os.sched_getaffinity(0)),
+        "eval_workers": train.cores(),
         "save_tb": False, "save_model": False, "save_buffer": False, "save_video": False,
         "domain_name": "cheetah", "task_name": "run", "agent": "sac_ae",
         "device": "cuda" if torch.cuda.is_available() else "cpu",
