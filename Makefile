@@ -1,4 +1,4 @@
-# `make train`, `make demo`, `make test`, `make lint`: each first makes .venv with what it needs.
+# `make train`, `make demo`, `make test`, `make test-long`, `make lint`: each first makes .venv with what it needs.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ DEMO_ARGS := --domain_name cartpole --task_name swingup --encoder_type pixel --d
 	--num_train_steps 500 --init_steps 150 --eval_freq 250 --num_eval_episodes 2 --batch_size 32 --hidden_dim 256 \
 	--image_size 64 --num_filters 16 --save_video --save_tb --work_dir ./demo_log/$(shell date +%Y-%m-%d_%H-%M-%S)
 
-.PHONY: train demo test lint clean
+.PHONY: train demo test test-long lint clean
 
 train: $(VENV)/installed
 	$(VENV)/bin/python train.py $(ARGS)
@@ -20,6 +20,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pytest -n 2
+
+test-long: $(VENV)/installed-dev
+	LONG_TESTS=1 $(VENV)/bin/python -m pytest -n 2
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff format --check .

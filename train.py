@@ -424,6 +424,10 @@ class Run:
         replay = self.replay
         place = "in host memory" if replay.frames.device.type == "cpu" else f"on {replay.frames.device}"
         yield f"replay: {replay.nbytes / 1e9:.2f} GB {place} for {replay.capacity:,} transitions"
+        free = shutil.disk_usage(self.checkpoint.folder).free
+        yield f"checkpoints: up to {replay.nbytes / 1e9:.2f} GB in {self.checkpoint.folder}, {free / 1e9:.2f} GB free"
+        if free < replay.nbytes:
+            yield "warning: the disk may be full before the run ends; it could then go on elsewhere, or with less to do"
         for name in ("actor", "critic", "decoder"):
             network = getattr(self.agent, name)
             if network is not None:
