@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-ARGS ?= --domain_name cheetah --task_name run --encoder_type pixel --decoder_type pixel --action_repeat 4 \
+ARGS ?= --resume --domain_name cheetah --task_name run --encoder_type pixel --decoder_type pixel --action_repeat 4 \
 	--save_video --save_tb --work_dir ./log --seed 1
 DEMO_ARGS := --domain_name cartpole --task_name swingup --encoder_type pixel --decoder_type pixel --action_repeat 8 \
 	--num_train_steps 500 --init_steps 150 --eval_freq 250 --num_eval_episodes 2 --batch_size 32 --hidden_dim 256 \

@@ -292,10 +292,12 @@ def held_files(work_dir: Path) -> list[str]:
 
 def check_resumed(args: argparse.Namespace) -> None:
     """Raises ValueError if the run in the folder was started with flags that cannot change."""
-    now, then = vars(args), Checkpoint(Path(args.work_dir) / "checkpoint").args()
-    differ = [name for name in now if name not in CHANGEABLE and now[name] != then.get(name)]
+    # What the run did not know yet, because it began before there was such a flag, was the default.
+    defaults = vars(make_parser().parse_args([]))
+    now, then = vars(args), defaults | Checkpoint(Path(args.work_dir) / "checkpoint").args()
+    differ = [name for name in now if name not in CHANGEABLE and now[name] != then[name]]
     if differ:
-        changes = ", ".join(f"--{name} {then.get(name)} is now {now[name]}" for name in differ)
+        changes = ", ".join(f"--{name} {then[name]} is now {now[name]}" for name in differ)
         raise ValueError(f"work_dir {args.work_dir} holds a run with other flags ({changes}): choose another work_dir")
 
 

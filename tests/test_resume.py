@@ -341,17 +341,13 @@ def test_overwrite_removes_the_run_and_nothing_else(tmp_path, ended, capsys):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of its own, and a function that sets its size."""
+    """A file system of its own."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs the right to mount a file system")
-
-    def resize(size):
-        subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True)
-
-    yield folder, resize
+    yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
@@ -365,7 +361,7 @@ def fill(folder):
 @pytest.mark.parametrize("place", ["write_checkpoint", "log_episode", "save_video", "save"])
 def test_full_disk(small_disk, uninterrupted, monkeypatch, capsys, place):
     """One line; the last good checkpoint stays, and the run goes on from it when there is room again."""
-    disk, _ = small_disk
+    disk = small_disk
     flags = [*RUN, "--save_video", "--save_model", "--save_tb", "--work_dir", str(disk / "log")]
     method = getattr(train.Run, place)
 
@@ -381,6 +377,28 @@ def test_full_disk(small_disk, uninterrupted, monkeypatch, capsys, place):
     assert "No space left on device: " in error or "mp4" in error
     assert error.count("\n") == 1, error
     (disk / "filler").unlink()
+    assert train.main([*flags, "--resume"]) == 0
+    assert outcome(disk / "log") == uninterrupted()
+
+
+def test_read_only_disk(small_disk, uninterrupted, monkeypatch, capsys):
+    disk = small_disk
+    flags = [*RUN, "--work_dir", str(disk / "log")]
+    log_episode = train.Run.log_episode
+
+    def turn_read_only(run, step):
+        if step == 120:
+            subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        log_episode(run, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "log_episode", turn_read_only)
+        assert train.main(flags) == 1
+    assert capsys.readouterr().err.count("Read-only file system") == 1
+    with pytest.raises(SystemExit):
+        train.main([*flags, "--resume"])
+    assert capsys.readouterr().err.count("\n") == 1
+    subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
     assert train.main([*flags, "--resume"]) == 0
     assert outcome(disk / "log") == uninterrupted()
 
