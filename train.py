@@ -301,9 +301,14 @@ def check_resumed(args: argparse.Namespace) -> None:
         raise ValueError(f"work_dir {args.work_dir} holds a run with other flags ({changes}): choose another work_dir")
 
 
+def existing_part(path: Path) -> Path:
+    """The path, or the nearest above it that is there."""
+    return next(part for part in (path, *path.absolute().parents) if part.exists() or part.is_symlink())
+
+
 def check_folder(folder: Path, name: str) -> None:
     """Raises ValueError if the folder, which need not be there yet, cannot be made or written; `name` says which."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    existing = existing_part(folder)
     if not existing.is_dir():
         raise ValueError(f"{name} cannot be made: {existing} is no folder")
     if not os.access(existing, os.W_OK):
@@ -426,7 +431,7 @@ class Run:
         replay = self.replay
         place = "in host memory" if replay.frames.device.type == "cpu" else f"on {replay.frames.device}"
         yield f"replay: {replay.nbytes / 1e9:.2f} GB {place} for {replay.capacity:,} transitions"
-        free = shutil.disk_usage(self.checkpoint.folder).free
+        free = shutil.disk_usage(existing_part(self.checkpoint.folder)).free
         yield f"checkpoints: up to {replay.nbytes / 1e9:.2f} GB in {self.checkpoint.folder}, {free / 1e9:.2f} GB free"
         if free < replay.nbytes:
             yield "warning: the disk may be full before the run ends; it could then go on elsewhere, or with less to do"

@@ -472,7 +472,15 @@ def test_first_lines(tmp_path):
     starts = ["note: the published", "device: cpu", "note: without a GPU", "renderer: "]
     if run.env.unwrapped.renderer[1]:
         starts += ["warning: this renderer is software"]
-    starts += ["observation: (9, 32, 32) uint8", "action: (1,)", "replay: 0.00 GB", "actor: ", "critic: ", "decoder: "]
+    starts += [
+        "observation: (9, 32, 32) uint8",
+        "action: (1,)",
+        "replay: 0.00 GB",
+        "checkpoints: ",
+        "actor: ",
+        "critic: ",
+        "decoder: ",
+    ]
     starts += ["first an evaluation, 25 random decisions"]
     assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True)), lines
     assert "--action_repeat 8, not 4" in lines[0]
