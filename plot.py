@@ -1,0 +1,315 @@
+"""Learning curves and tables of any number of runs, beside the published ones: `python plot.py --help`."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")  # files are all that is made: no display is needed
+import matplotlib.pyplot as plt
+import numpy as np
+from scipy import stats
+
+PUBLISHED = Path(__file__).parent / "results" / "published.csv"
+BUDGETS = (100_000, 500_000)  # environment steps
+# Method by the types of encoder and decoder.
+METHODS = {
+    ("pixel", "pixel"): "SAC+AE:pixel",
+    ("pixel", "identity"): "SAC:pixel",
+    ("identity", "identity"): "SAC:state",
+}
+# Colours that colour-blind readers tell apart (Okabe and Ito), lines that a black-and-white print does.
+STYLES = {"SAC+AE:pixel": ("#0072B2", "-"), "SAC:pixel": ("#D55E00", "-."), "SAC:state": ("#009E73", ":")}
+RESAMPLES = 10_000
+
+
+class Run(NamedTuple):
+    """The evaluations of one run."""
+
+    folder: Path
+    task: str
+    method: str
+    seed: int
+    steps: np.ndarray  # environment steps, rising
+    returns: np.ndarray
+    interval: int  # environment steps between evaluations, at least
+
+
+class Score(NamedTuple):
+    """A published number."""
+
+    task: str
+    method: str
+    steps: int
+    mean: float
+    std: float | None
+    source: str
+
+
+class Estimate(NamedTuple):
+    """A value and its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def find_runs(folders: Iterable[Path]) -> Iterator[Run]:
+    """The runs in the folders and below them; what cannot be read is said in a line on stderr, and left out."""
+    for folder in folders:
+        paths = sorted(path.parent for path in folder.rglob("args.json"))
+        if not paths:
+            print(f"{folder}: no run there, nothing with an args.json", file=sys.stderr)
+        for path in paths:
+            try:
+                yield read_run(path)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                reason = error.strerror if isinstance(error, OSError) else error
+                print(f"{path} is left out, its args.json or eval.log cannot be read: {reason}", file=sys.stderr)
+
+
+def read_run(folder: Path) -> Run:
+    """A run's evaluations.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: the files are missing or damaged.
+    """
+    args = json.loads((folder / "args.json").read_text())
+    records = [json.loads(line) for line in (folder / "eval.log").read_text().splitlines()]
+    steps = np.array([record["environment_steps"] for record in records], dtype=np.float64)
+    returns = np.array([record["episode_reward"] for record in records], dtype=np.float64)
+    if not len(steps) or (np.diff(steps) <= 0).any():
+        raise ValueError("its evaluations are none, or out of order")
+    task = f"{args['domain_name']}_{args['task_name']}"
+    method = METHODS[args["encoder_type"], args["decoder_type"]]
+    return Run(folder, task, method, args["seed"], steps, returns, args["eval_freq"] * args["action_repeat"])
+
+
+def read_published(path: Path) -> list[Score]:
+    """The published scores.
+
+    Raises:
+        OSError, ValueError, KeyError: the file is missing or damaged.
+    """
+    with path.open(newline="") as file:
+        return [
+            Score(
+                row["task"],
+                row["method"],
+                int(row["environment_steps"]),
+                float(row["mean_return"]),
+                float(row["std"]) if row["std"] else None,
+                row["source"],
+            )
+            for row in csv.DictReader(file)
+        ]
+
+
+def mean_estimate(values: np.ndarray) -> Estimate:
+    """Mean of values (N,), with the interval over N; without one where N is 1."""
+    if len(values) == 1 or np.ptp(values) == 0:
+        return Estimate(*[float(values.mean())] * 3)
+    interval = stats.bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=0)
+    return Estimate(float(values.mean()), *map(float, interval.confidence_interval))
+
+
+def interquartile_mean_estimate(values: Sequence[np.ndarray]) -> Estimate:
+    """Mean of the middle half of all values, drawn anew task by task for the interval (arXiv 2108.13264).
+
+    Args:
+        values: of each task, (N,) for N seeds.
+    """
+    rng = np.random.default_rng(0)
+    resampled = np.concatenate([rng.choice(task, (RESAMPLES, len(task))) for task in values], axis=1)
+    low, high = np.percentile(stats.trim_mean(resampled, 0.25, axis=1), (2.5, 97.5))
+    return Estimate(float(stats.trim_mean(np.concatenate(values), 0.25)), float(low), float(high))
+
+
+def curve(runs: Sequence[Run]) -> tuple[np.ndarray, list[Estimate]]:
+    """Environment steps up to where the shortest run ends, and the mean over the runs, between evaluations a line."""
+    end = min(run.steps[-1] for run in runs)
+    grid = np.unique(np.concatenate([run.steps for run in runs]))
+    grid = grid[(grid <= end) & (grid >= max(run.steps[0] for run in runs))]
+    values = np.stack([np.interp(grid, run.steps, run.returns) for run in runs])
+    return grid, [mean_estimate(column) for column in values.T]
+
+
+def score_at(run: Run, budget: int) -> float | None:
+    """The last evaluation within a budget of environment steps; None if the run has not spent it.
+
+    As the DrQ paper reads scores (arXiv 2004.13649): where evaluations come every 80k steps, 500k means 480k.
+    """
+    within = run.returns[run.steps <= budget]
+    if not len(within) or run.steps[-1] + run.interval <= budget:
+        return None
+    return float(within[-1])
+
+
+def published_score(published: Sequence[Score], task: str, method: str, budget: int) -> Score | None:
+    """What the DrQ paper's table says."""
+    found = (
+        score
+        for score in published
+        if (score.task, score.method, score.steps) == (task, method, budget) and "DrQ" in score.source
+    )
+    return next(found, None)
+
+
+def draw(runs: Sequence[Run], published: Sequence[Score]) -> Any:
+    """The figure: a panel for each task; our means with intervals, single seeds faint, published scores beside them."""
+    tasks = sorted({run.task for run in runs})
+    columns = min(3, len(tasks))
+    rows = -(-len(tasks) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.2 * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(tasks) :]:
+        axis.remove()
+    for task, axis in zip(tasks, axes.flat, strict=False):
+        draw_task(axis, [run for run in runs if run.task == task], [score for score in published if score.task == task])
+        axis.set_title(task.replace("_", " "))
+        axis.set_xlabel("environment steps")
+        axis.set_ylabel("return")
+        axis.set_ylim(-20, 1020)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1e3:g}k")
+        axis.grid(alpha=0.3)
+    handles = {
+        label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(3, len(handles)), fontsize=8)
+    return figure
+
+
+def draw_task(axis: Any, runs: Sequence[Run], published: Sequence[Score]) -> None:
+    """One panel."""
+    for method, (colour, line) in STYLES.items():
+        mine = [run for run in runs if run.method == method]
+        if not mine:
+            continue
+        for run in mine:
+            axis.plot(run.steps, run.returns, color=colour, alpha=0.25, linewidth=0.8)
+        grid, means = curve(mine)
+        axis.plot(grid, [mean.value for mean in means], line, color=colour, label=f"{method}, here (mean, 95 %)")
+        axis.fill_between(
+            grid, [mean.low for mean in means], [mean.high for mean in means], color=colour, alpha=0.2, linewidth=0
+        )
+        end = max(run.steps[-1] for run in mine)
+        read_off = [score for score in published if score.method == method and "figure" in score.source]
+        shown = [score for score in read_off if score.steps <= 1.5 * end] or read_off[:1]
+        if shown:
+            axis.plot(
+                [score.steps for score in shown],
+                [score.mean for score in shown],
+                "o--",
+                color=colour,
+                markersize=3,
+                markerfacecolor="white",
+                linewidth=0.8,
+                label=f"{method}, published figure",
+            )
+        for budget in BUDGETS:
+            score = published_score(published, mine[0].task, method, budget)
+            if score is not None and budget <= 1.5 * end:
+                axis.errorbar(
+                    budget,
+                    score.mean,
+                    yerr=score.std,
+                    fmt="s",
+                    color=colour,
+                    markersize=4,
+                    capsize=3,
+                    markeredgecolor="black",
+                    label=f"{method}, DrQ paper's table",
+                )
+
+
+def table(runs: Sequence[Run], published: Sequence[Score]) -> list[dict[str, str]]:
+    """Rows of returns at the budgets: ours with seeds and interval, published; then over all tasks of a method."""
+    groups: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[run.method, run.task].append(run)
+    rows = []
+    for budget in BUDGETS:
+        by_method: dict[str, list[np.ndarray]] = defaultdict(list)
+        for (method, task), group in sorted(groups.items()):
+            scores = [score for run in group if (score := score_at(run, budget)) is not None]
+            if scores:
+                by_method[method].append(np.array(scores))
+            rows.append(row(method, task, budget, scores, published_score(published, task, method, budget)))
+        for method, values in by_method.items():
+            estimate = interquartile_mean_estimate(values)
+            interval = between(estimate) if min(map(len, values)) > 1 else ""
+            rows.append(
+                row(method, f"interquartile mean of {len(values)} tasks", budget, [], None)
+                | {"seeds": str(sum(map(len, values))), "return": f"{estimate.value:.1f}", "95 %": interval}
+            )
+    return rows
+
+
+def row(method: str, task: str, budget: int, scores: Sequence[float], published: Score | None) -> dict[str, str]:
+    """One row of the table."""
+    estimate = mean_estimate(np.array(scores)) if scores else None
+    text = "not published" if published is None else f"{published.mean:g}"
+    if published is not None and published.std is not None:
+        text += f" ± {published.std:g}"
+    return {
+        "method": method,
+        "task": task,
+        "environment steps": f"{budget}",
+        "seeds": f"{len(scores)}",
+        "return": "not run" if estimate is None else f"{estimate.value:.1f}",
+        "deviation": f"{np.std(scores, ddof=1):.1f}" if len(scores) > 1 else "",
+        "95 %": between(estimate) if estimate is not None and len(scores) > 1 else "",
+        "published": text,
+    }
+
+
+def between(estimate: Estimate) -> str:
+    """An interval as text."""
+    return f"{estimate.low:.1f} to {estimate.high:.1f}"
+
+
+def write_table(rows: Sequence[dict[str, str]], out: Path) -> None:
+    """Writes the rows as Markdown and as CSV."""
+    names = list(rows[0])
+    lines = [names, ["---"] * len(names), *([line[name] for name in names] for line in rows)]
+    out.with_suffix(".md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+    with out.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, help="work_dirs, or folders that hold some")
+    parser.add_argument("--out", type=Path, default=Path("plots"), help="folder of figure and tables")
+    parser.add_argument("--published", type=Path, default=PUBLISHED, help="scores to draw beside")
+    args = parser.parse_args(argv)
+    try:
+        published = read_published(args.published)
+    except (OSError, ValueError, KeyError) as error:
+        parser.error(f"{args.published} cannot be read as published scores: {error}")
+    runs = list(find_runs(args.folders))
+    if not runs:
+        parser.error("there is no run to draw")
+    args.out.mkdir(parents=True, exist_ok=True)
+    figure = draw(runs, published)
+    for kind in ("png", "svg"):
+        figure.savefig(args.out / f"curves.{kind}", dpi=150)
+    plt.close(figure)
+    rows = table(runs, published)
+    write_table(rows, args.out / "scores")
+    print((args.out / "scores.md").read_text(), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

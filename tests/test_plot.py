@@ -1,0 +1,160 @@
+"""Curves and tables: what they show is what the logs say."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+
+import plot
+
+
+def make_run(folder, returns, method="SAC+AE:pixel", task=("cheetah", "run"), seed=1, every=10_000, repeat=4):
+    """A work_dir with evaluations every `every` decisions."""
+    encoder, decoder = next(types for types, name in plot.METHODS.items() if name == method)
+    folder.mkdir(parents=True)
+    args = {
+        "domain_name": task[0], "task_name": task[1], "encoder_type": encoder, "decoder_type": decoder,
+        "seed": seed, "eval_freq": every, "action_repeat": repeat,
+    }  # fmt: skip
+    (folder / "args.json").write_text(json.dumps(args))
+    records = (
+        {"episode_reward": value, "environment_steps": index * every * repeat, "step": index * every}
+        for index, value in enumerate(returns)
+    )
+    (folder / "eval.log").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def rows_of(out):
+    with (out / "scores.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_table(tmp_path, capsys):
+    """80k is the last evaluation within 100k where they come every 40k; a run that ended before counts not."""
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    make_run(runs / "a", [0, 10, 100, 400])
+    make_run(runs / "deep" / "b", [0, 10, 300], seed=2)  # its next evaluation would come after the budget
+    make_run(runs / "c", [0, 10], seed=3)
+    make_run(runs / "d", [0, 700, 710], "SAC:state", seed=1)
+    assert plot.main([str(runs), "--out", str(out)]) == 0
+    rows = {(row["method"], row["task"], row["environment steps"]): row for row in rows_of(out)}
+    row = rows["SAC+AE:pixel", "cheetah_run", "100000"]
+    assert (row["seeds"], row["return"], row["deviation"]) == ("2", "200.0", "141.4")
+    assert row["95 %"] == "100.0 to 300.0"
+    assert row["published"] == "240 ± 38"
+    assert rows["SAC+AE:pixel", "cheetah_run", "500000"]["return"] == "not run"
+    assert rows["SAC:state", "cheetah_run", "100000"]["seeds"] == "1"
+    assert rows["SAC:state", "cheetah_run", "100000"]["95 %"] == ""
+    printed = capsys.readouterr().out
+    assert printed == (out / "scores.md").read_text()
+    assert printed.splitlines()[2].startswith("| SAC+AE:pixel | cheetah_run | 100000 | 2 | 200.0 |")
+
+
+def test_estimates():
+    """Against the formula: the mean's deviation is that of the values over the root of their number."""
+    rng = np.random.default_rng(1)
+    values = rng.normal(500, 100, 400)
+    estimate = plot.mean_estimate(values)
+    assert estimate.value == pytest.approx(values.mean())
+    half = 1.96 * values.std() / 20
+    assert estimate.low == pytest.approx(values.mean() - half, abs=1)
+    assert estimate.high == pytest.approx(values.mean() + half, abs=1)
+
+
+def test_interquartile_mean_leaves_out_the_outer_quarters_and_keeps_tasks_apart():
+    values = [np.array([0.0, 10.0, 20.0, 1e6]), np.array([30.0, 40.0, 50.0, 60.0])]
+    estimate = plot.interquartile_mean_estimate(values)
+    assert estimate.value == pytest.approx((20 + 30 + 40 + 50) / 4)
+    assert estimate.low < estimate.value < estimate.high
+    # Seeds are drawn within their task: where each task's seeds agree there is nothing to be unsure of.
+    sure = plot.interquartile_mean_estimate([np.full(5, 100.0), np.full(5, 300.0)])
+    assert (sure.value, sure.low, sure.high) == (pytest.approx(200), pytest.approx(200), pytest.approx(200))
+
+
+def test_curve_of_runs_of_different_lengths_and_grids(tmp_path):
+    runs = [
+        plot.read_run(make_run(tmp_path / "a", [0, 100, 200, 300])),
+        plot.read_run(make_run(tmp_path / "b", [100, 200, 300], seed=2, every=5000)),
+    ]
+    grid, means = plot.curve(runs)
+    assert grid.tolist() == [0, 20_000, 40_000]
+    assert [mean.value for mean in means] == [50, 125, 200]
+    assert means[0].low == 0
+    assert means[0].high == 100
+
+
+DAMAGES = {
+    "no log": lambda folder: (folder / "eval.log").unlink(),
+    "empty": lambda folder: (folder / "eval.log").write_text(""),
+    "half a line": lambda folder: (folder / "eval.log").write_text('{"episode_rew'),
+    "other fields": lambda folder: (folder / "eval.log").write_text('{"reward": 3}\n'),
+    "text": lambda folder: (folder / "eval.log").write_bytes(b"\xff\xfe"),
+    "list": lambda folder: (folder / "eval.log").write_text("[1]\n"),
+    "order": lambda folder: (folder / "eval.log").write_text(
+        "".join(f'{{"episode_reward": 1, "environment_steps": {step}}}\n' for step in (0, 8, 4))
+    ),
+    "args": lambda folder: (folder / "args.json").write_text("{"),
+    "other args": lambda folder: (folder / "args.json").write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_logs_are_left_out(tmp_path, capsys, damage):
+    """One line each; the rest is drawn."""
+    make_run(tmp_path / "runs" / "good", [0, 10, 100])
+    bad = make_run(tmp_path / "runs" / "bad", [0, 10, 100], seed=2)
+    DAMAGES[damage](bad)
+    assert plot.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    error = capsys.readouterr().err
+    assert error.startswith(f"{bad} is left out")
+    assert error.count("\n") == 1
+    assert rows_of(tmp_path / "out")[0]["seeds"] == "1"
+
+
+def test_nothing_to_draw(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        plot.main([str(tmp_path), "--out", str(tmp_path / "out")])
+    assert exit_.value.code == 2
+    assert "there is no run to draw" in capsys.readouterr().err
+    make_run(tmp_path / "runs", [0, 1])
+    with pytest.raises(SystemExit):
+        plot.main([str(tmp_path), "--published", str(tmp_path / "runs" / "eval.log")])
+    assert "cannot be read as published scores" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures(tmp_path):
+    """A panel a task; what is there twice stands in the legend once."""
+    tasks = [("cheetah", "run"), ("walker", "walk"), ("finger", "spin"), ("reacher", "easy")]
+    for task in tasks:
+        for seed in (1, 2):
+            for method in plot.METHODS.values():
+                make_run(tmp_path / "runs" / f"{task[0]}_{method}_{seed}", [0, 10, 100], method, task, seed)
+    runs = list(plot.find_runs([tmp_path / "runs"]))
+    assert len(runs) == 24
+    figure = plot.draw(runs, plot.read_published(plot.PUBLISHED))
+    assert [axis.get_title() for axis in figure.axes] == ["cheetah run", "finger spin", "reacher easy", "walker walk"]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(labels) == len(set(labels))
+    assert {f"{method}, here (mean, 95 %)" for method in plot.METHODS.values()} < set(labels)
+    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    assert lines["SAC:state, here (mean, 95 %)"].get_xydata().tolist() == [[0, 0], [40_000, 10], [80_000, 100]]
+    plot.plt.close(figure)
+    assert plot.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    assert iio.imread(tmp_path / "out" / "curves.png").shape[2] == 4
+    assert "<svg" in (tmp_path / "out" / "curves.svg").read_text()[:500]
+
+
+def test_published_scores_are_those_of_the_papers(tmp_path):
+    """The six tasks at both budgets, as the DrQ paper has them."""
+    published = plot.read_published(plot.PUBLISHED)
+    tasks = {score.task for score in published}
+    assert len(tasks) == 6
+    for task in tasks:
+        for budget in plot.BUDGETS:
+            assert plot.published_score(published, task, "SAC+AE:pixel", budget).std is not None
