@@ -9,9 +9,14 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 class Written(NamedTuple):
@@ -40,6 +45,23 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def lock(path: Path) -> IO[str]:
+    """Takes a file that only one process can have, until it is closed or the process ends, however that ends.
+
+    Raises:
+        ValueError: another process has it.
+        OSError: it cannot be made.
+    """
+    file = path.open("a")
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ValueError(f"{path.parent} is in use by another process: wait for its end, or stop it") from None
+    return file
 
 
 def sync_folder(folder: Path) -> None:

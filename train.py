@@ -40,7 +40,7 @@ from cuda_graph import GraphedAgent
 from encoder import conv_output_shape
 from environment import EPISODE_LENGTH, make_env
 from evaluation import Moment, SideBySide, WorkerError, play
-from files import write_json
+from files import lock, write_json
 from logger import Logger, NonFiniteLossError, cut_logs
 from memory import place_replay
 from sac_ae import SacAeAgent
@@ -448,10 +448,13 @@ class Run:
         """Makes the run's folder and its logs, or goes on with those that are there; gives lines to print.
 
         Raises:
-            ValueError: the checkpoint that is there cannot be used; nothing has been changed.
+            ValueError: another process uses the folder, or the checkpoint that is there cannot be used; nothing has
+                been changed.
             OSError: the folder cannot be written.
         """
         args, purge_step, lines = self.args, None, []
+        make_dir(self.work_dir)
+        self.lock = lock(self.work_dir / ".lock")
         if args.resume and self.checkpoint.exists():
             lines += self.restore()
             purge_step = self.step + 1
@@ -718,6 +721,7 @@ class Run:
         self.env.close()
         self.eval_envs.close()
         self.logger.close()
+        self.lock.close()
 
 
 def progress(numbers: range, name: str) -> tqdm:

@@ -329,6 +329,23 @@ def test_a_run_without_a_checkpoint_folder_is_not_taken_for_one(tmp_path, ended,
     assert (tmp_path / "log" / "eval.log").exists()
 
 
+@pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
+def test_two_processes_do_not_share_a_folder(tmp_path, capsys, flag):
+    """The second is refused while the first is there, and not after."""
+    folder = tmp_path / "log"
+    process = start(folder, "--num_train_steps", "100000")
+    for line in process.stdout:
+        if line.startswith("| train | E: 4"):
+            break
+    with pytest.raises(SystemExit) as exit_:
+        train.main([*RUN, flag, "--num_train_steps", "100000", "--work_dir", str(folder)])
+    assert exit_.value.code == 2
+    assert f"{folder} is in use by another process" in capsys.readouterr().err
+    process.kill()
+    process.communicate()
+    assert train.main([*RUN, flag, "--work_dir", str(folder)]) == 0
+
+
 def test_overwrite_removes_the_run_and_nothing_else(tmp_path, ended, capsys):
     folder = tmp_path / "log"
     shutil.copytree(ended[1], folder)
