@@ -1,4 +1,5 @@
-# `make train`, `make demo`, `make test`, `make test-long`, `make lint`: each first makes .venv with what it needs.
+# Every target first makes .venv with what it needs: `make train`, `make demo`, `make sweep`, `make test`, `make lint`.
+# `make test-long` kills more runs and tries more command lines.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ DEMO_ARGS := --domain_name cartpole --task_name swingup --encoder_type pixel --d
 	--num_train_steps 500 --init_steps 150 --eval_freq 250 --num_eval_episodes 2 --batch_size 32 --hidden_dim 256 \
 	--image_size 64 --num_filters 16 --save_video --save_tb --work_dir ./demo_log/$(shell date +%Y-%m-%d_%H-%M-%S)
 
-.PHONY: train demo test test-long lint clean
+.PHONY: train demo sweep test test-long lint clean
 
 train: $(VENV)/installed
 	$(VENV)/bin/python train.py $(ARGS)
@@ -17,6 +18,9 @@ train: $(VENV)/installed
 demo: $(VENV)/installed
 	$(VENV)/bin/python train.py $(DEMO_ARGS)
 	@echo "Now look at it: $(VENV)/bin/tensorboard --logdir demo_log"
+
+sweep: $(VENV)/installed-sweep
+	$(VENV)/bin/python sweep.py $(ARGS)
 
 test: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pytest -n 2
@@ -35,6 +39,10 @@ $(VENV)/installed: requirements.txt setup.sh
 
 $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	$(VENV)/bin/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+$(VENV)/installed-sweep: requirements-sweep.txt $(VENV)/installed
+	$(VENV)/bin/python -m pip install --quiet -r requirements-sweep.txt
 	touch $@
 
 clean:

@@ -61,6 +61,15 @@ class Checkpoint:
         """
         return int(self._read()["run"]["step"])
 
+    def ended(self, num_train_steps: int) -> bool:
+        """Whether nothing is left to do of a run of so many decisions.
+
+        Raises:
+            ValueError: as `exists`.
+        """
+        run = self._read()["run"]
+        return run["step"] >= num_train_steps and not run["evaluation_due"]
+
     def tensors(self, device: torch.device) -> dict[str, Any]:
         """Its tensors, on the device.
 

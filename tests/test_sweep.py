@@ -1,0 +1,83 @@
+"""Sweeps: every combination once, resumed where it was, failures told and not in the others' way."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import ray
+from test_resume import outcome
+
+import sweep
+import train
+
+TINY = (
+    "--image_size 16 --num_layers 2 --num_filters 4 --hidden_dim 16 --batch_size 8 --init_steps 40 --action_repeat 50 "
+    "--num_train_steps 100 --eval_freq 60 --num_eval_episodes 2 --eval_workers 1 --device cpu"
+).split()
+TWO = ["--tasks", "cartpole_swingup", "--methods", "sac_state", "--seeds", "2"]
+
+
+def test_published_tasks():
+    """Their repeats, and decisions for 500k environment steps."""
+    specs = sweep.make_specs(
+        sweep.make_parser().parse_args(["--methods", "sac_ae,sac_pixel,sac_state", "--seeds", "10"])
+    )
+    assert len(specs) == len({spec.work_dir for spec in specs}) == 6 * 3 * 10
+    assert all(spec.args.num_train_steps * spec.args.action_repeat == 500_000 for spec in specs)
+    walker = next(spec.args for spec in specs if spec.name == "walker_walk-sac_pixel-7")
+    assert (walker.action_repeat, walker.seed, walker.encoder_type, walker.decoder_type) == (2, 7, "pixel", "identity")
+    assert walker.resume
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--tasks", "cartpole_fly"], "there is no task or method cartpole_fly"),
+    (["--methods", "ppo"], "there is no task or method ppo"),
+    (["--seeds", "0"], "must be at least 1"),
+    (["--", "--hidden_dim", "none"], "invalid int value"),
+    (["--", "--image_size", "85"], "image sides must be even"),
+])  # fmt: skip
+def test_bad_input(tmp_path, capsys, flags, words):
+    with pytest.raises(SystemExit) as exit_:
+        sweep.main(["--work_dir", str(tmp_path / "sweep"), *flags])
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_dry_run(tmp_path, capsys):
+    assert sweep.main(["--work_dir", str(tmp_path / "sweep"), "--dry_run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    assert lines[0].startswith("cartpole_swingup-sac_ae-1: 1.35 GB, python train.py --domain_name cartpole")
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_sweep(tmp_path, capsys, monkeypatch):
+    """Logs and parameters are those of single runs; one that fails is told; a rerun starts nothing that has ended."""
+    folder = tmp_path / "sweep"
+    broken = folder / "cartpole_swingup-sac_state-2"
+    broken.mkdir(parents=True)
+    (broken / "args.json").write_text("not a run")
+    command = ["--work_dir", str(folder), *TWO, "--", *TINY]
+    assert sweep.main(command) == 1
+    output = capsys.readouterr()
+    assert "1 of 2 runs have ended" in output.out
+    assert "cartpole_swingup-sac_state-2 failed with status 2; its last lines:" in output.err
+    assert "checkpoint.json is missing" in output.err
+    single = [*TINY, *sweep.METHODS["sac_state"], "--domain_name", "cartpole", "--task_name", "swingup", "--seed", "1"]
+    assert train.main([*single, "--work_dir", str(tmp_path / "single")]) == 0
+    assert outcome(folder / "cartpole_swingup-sac_state-1") == outcome(tmp_path / "single")
+
+    (broken / "args.json").unlink()
+    before = (folder / "cartpole_swingup-sac_state-1" / "output.log").read_text()
+    assert sweep.main(command) == 0
+    assert (folder / "cartpole_swingup-sac_state-1" / "output.log").read_text() == before
+    assert json.loads((broken / "eval.log").read_text().splitlines()[-1])["step"] == 60
+
+    monkeypatch.setattr(sweep.carry_out, "options", lambda **_: pytest.fail("something was started"))
+    assert sweep.main(command) == 0
+    assert "2 of 2 runs have ended" in capsys.readouterr().out
+    assert not ray.is_initialized()
