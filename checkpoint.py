@@ -6,15 +6,17 @@ replay's chunks. It is replaced last, so whatever moment a run is killed at, the
 
 from __future__ import annotations
 
+import json
 import random
 import uuid
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from files import Written, read_json, read_tensors, write_json, write_tensors
+from files import Written, read_json, read_tensors, sync_folder, to_json, write_json, write_tensors
 from replay_buffer import ReplayBuffer
 
 _INDEX = "checkpoint.json"
@@ -33,9 +35,26 @@ class Checkpoint:
         self._index = folder / _INDEX
 
     def begin(self, args: dict[str, Any]) -> None:
-        """Makes the folder of a run with these flags, without a checkpoint yet."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self._index, {"version": _VERSION, "args": args, "run": None})
+        """Makes the folder that of a run with these flags, without a checkpoint yet.
+
+        At every moment it is what it was, or that.
+        """
+        if self.folder.is_dir():
+            self._write({"version": _VERSION, "args": args, "run": None})
+            for path in self.folder.iterdir():
+                if path != self._index:
+                    path.unlink()
+            return
+        self.folder.unlink(missing_ok=True)
+        temporary = self.folder.with_name(f".{self.folder.name}.tmp")
+        temporary.mkdir(parents=True, exist_ok=True)
+        Checkpoint(temporary)._write({"version": _VERSION, "args": args, "run": None})
+        temporary.rename(self.folder)
+        sync_folder(self.folder.parent)
+
+    def _write(self, content: dict[str, Any]) -> None:
+        content = json.loads(to_json(content))
+        write_json(self._index, {"crc32": zlib.crc32(to_json(content).encode()), "content": content})
 
     def exists(self) -> bool:
         """Whether there is a checkpoint.
@@ -84,9 +103,14 @@ class Checkpoint:
 
     def _read(self) -> dict[str, Any]:
         index = read_json(self._index)
-        if not isinstance(index, dict) or index.get("version") != _VERSION or not {"args", "run"} <= set(index):
-            raise ValueError(f"{self._index} is no checkpoint of this version of the program")
-        return index
+        if not isinstance(index, dict) or set(index) != {"crc32", "content"}:
+            raise ValueError(f"{self._index} is no checkpoint")
+        content = index["content"]
+        if index["crc32"] != zlib.crc32(to_json(content).encode()):
+            raise ValueError(f"{self._index} is damaged: its content has changed")
+        if content["version"] != _VERSION:
+            raise ValueError(f"{self._index} is of another version of this program: {content['version']}")
+        return content
 
     def write(self, args: dict[str, Any], run: dict[str, Any], tensors: dict[str, Any], replay: ReplayBuffer) -> None:
         """Writes a checkpoint, of the replay only what is new, and then removes what only the one before it needed.
@@ -102,7 +126,7 @@ class Checkpoint:
         """
         replay_index = replay.save_chunks(self.folder)
         state = write_tensors(self.folder / f"state_{uuid.uuid4().hex}.pt", tensors)
-        write_json(self._index, {"version": _VERSION, "args": args, "run": run, "state": state, "replay": replay_index})
+        self._write({"version": _VERSION, "args": args, "run": run, "state": state, "replay": replay_index})
         replay.keep_chunks(self.folder, replay_index)
         for path in [*self.folder.glob("state_*.pt"), *self.folder.glob(".*.tmp")]:
             if path.name != state.name:

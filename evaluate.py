@@ -183,7 +183,7 @@ class Evaluation:
             check_video(self.video)
         self.agent = self.make_agent()
         try:
-            if self.folder.name == "checkpoint":
+            if (self.folder / "checkpoint.json").exists():
                 self.agent.load_state_dict(Checkpoint(self.folder).tensors(self.agent.device)["agent"])
             else:
                 self.agent.load(self.folder, self.step)
@@ -284,6 +284,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"episode {episode}, seed {seed}: return {value:.4f}")
         print(f"mean {returns.mean():.4f}, standard deviation {returns.std():.4f}", flush=True)
         evaluation.write_video()
+        if evaluation.video is not None:
+            print(f"video: {evaluation.video}")
     except (NonFiniteActionError, dmc2gym.RendererError, WorkerError, OSError) as error:
         return train.failure(parser, error)
     except KeyboardInterrupt:

@@ -165,14 +165,15 @@ class SideBySide:
         num_groups = min(num_workers, num_envs)
         self._slices = np.array_split(np.arange(num_envs), num_groups)
         kind = _RemoteGroup if num_groups > 1 else _Group
-        self._groups = [kind(make_env, len(part)) for part in self._slices]
-        if num_groups > 1:
-            try:
-                for group in self._groups:
-                    group.finish()  # its environments are made
-            except BaseException:
-                self.close()
-                raise
+        self._groups: list[Any] = []
+        try:
+            for part in self._slices:
+                self._groups.append(kind(make_env, len(part)))
+            for group in self._groups if num_groups > 1 else []:
+                group.finish()  # its environments are made
+        except BaseException:
+            self.close()
+            raise
 
     def _call(self, method: str, arguments: Sequence[Any]) -> list[Any]:
         for group, part in zip(self._groups, self._slices, strict=True):

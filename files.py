@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -54,7 +55,8 @@ def lock(path: Path) -> IO[str]:
         ValueError: another process has it.
         OSError: it cannot be made.
     """
-    file = path.open("a")
+    path.touch(exist_ok=True)
+    file = path.open()  # only to read: a disk with files that are open to be written cannot be made read-only
     if fcntl is not None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -70,6 +72,9 @@ def sync_folder(folder: Path) -> None:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot
+                raise
         finally:
             os.close(descriptor)
 
@@ -111,12 +116,12 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes a JSON file, atomically; arrays become lists."""
-    write_atomically(path, (json.dumps(content, indent=1, default=_plain) + "\n").encode())
+    write_atomically(path, (to_json(content) + "\n").encode())
 
 
-def _plain(value: Any) -> Any:
-    """NumPy's arrays and numbers as Python's."""
-    return value.tolist()
+def to_json(content: Any) -> str:
+    """JSON's text; arrays become lists."""
+    return json.dumps(content, indent=1, default=lambda array: array.tolist())
 
 
 @contextmanager

@@ -245,8 +245,8 @@ class ReplayBuffer:
         folder = Path(save_dir).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / _INDEX
-        if folder not in self._saved and path.exists() and read_json(path)["replay"] != self.name:
-            raise FileExistsError(f"{path} belongs to another replay: save to an empty folder")
+        if folder not in self._saved and path.exists() and _owner(path) != self.name:
+            raise FileExistsError(f"{path} belongs to another replay, or is damaged: save to an empty folder")
         if self.transitions_added:
             index = self.save_chunks(folder)
             write_json(path, index)
@@ -363,6 +363,14 @@ class ReplayBuffer:
         """Number and pixels of each frame of the last `next_obs`."""
         ids = self.frame_ids[(self.transitions_added - 1) % self.capacity, self.num_stacked :]
         return [(int(number), self.frames[number % len(self.frames)].cpu().numpy().copy()) for number in ids]
+
+
+def _owner(index: Path) -> str | None:
+    """Name of the replay that has written an index; None if none has."""
+    try:
+        return read_json(index)["replay"]
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def replay_bytes(

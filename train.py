@@ -17,10 +17,14 @@ if "OMP_WAIT_POLICY" not in os.environ:
 import argparse
 import difflib
 import functools
+import importlib.metadata
 import inspect
+import json
 import math
+import platform
 import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 import time
@@ -40,7 +44,7 @@ from cuda_graph import GraphedAgent
 from encoder import conv_output_shape
 from environment import EPISODE_LENGTH, make_env
 from evaluation import Moment, SideBySide, WorkerError, play
-from files import lock, write_json
+from files import lock, naming, write_json
 from logger import Logger, NonFiniteLossError, cut_logs
 from memory import place_replay
 from sac_ae import SacAeAgent
@@ -57,13 +61,15 @@ PUBLISHED_REPEATS = {
     ("walker", "walk"): 2,
 }
 # What a run writes into its work_dir; if any of it is there, the folder belongs to a run.
-RUN_FILES = ("args.json", "train.log", "eval.log", "tb", "video", "model", "buffer", "checkpoint")
+RUN_FILES = ("args.json", "starts.log", "train.log", "eval.log", "tb", "video", "model", "buffer", "checkpoint")
 # Flags that may be others when a run is resumed; all else would make it another run.
 CHANGEABLE = {
     *("work_dir", "resume", "overwrite", "num_train_steps", "eval_freq", "eval_workers", "device", "replay_device"),
     *("checkpoint_minutes", "checkpoint_freq", "cuda_graph", "save_tb", "save_model", "save_buffer", "save_video"),
 }
 UNNOTED = {"work_dir", "resume", "overwrite"}
+# Flags whose defaults are the machine's, and not taken over from where the run began.
+LOCAL = {"device", "eval_workers"}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -157,7 +163,7 @@ def make_parser() -> OneLineParser:
         "--eval_workers",
         type=COUNT,
         default=cores(),
-        help="processes that play them, at most one for each; 1 plays them in the training process",
+        help="processes that play them, at most one for each; 1 plays them in this one",
     )
 
     group = parser.add_argument_group("critic")
@@ -218,6 +224,25 @@ def make_parser() -> OneLineParser:
     group.add_argument("--save_buffer", action="store_true", help="save the replay at evaluations to work_dir/buffer")
     group.add_argument("--save_video", action="store_true", help="save an episode of each evaluation to work_dir/video")
     return parser
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The flags in force. A run that is resumed keeps those that are not given.
+
+    Raises:
+        ValueError: there is a checkpoint to resume, but it cannot be read.
+    """
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    checkpoint = Checkpoint(Path(args.work_dir) / "checkpoint")
+    if args.resume and args.work_dir and checkpoint.exists():
+        for action in parser._actions:
+            action.default = argparse.SUPPRESS
+        given = set(vars(parser.parse_args(argv))) | LOCAL | UNNOTED
+        for name, value in checkpoint.args().items():
+            if name not in given and name in vars(args):
+                setattr(args, name, value)
+    return args
 
 
 def check(args: argparse.Namespace) -> None:
@@ -294,11 +319,15 @@ def check_resumed(args: argparse.Namespace) -> None:
     """Raises ValueError if the run in the folder was started with flags that cannot change."""
     # What the run did not know yet, because it began before there was such a flag, was the default.
     defaults = vars(make_parser().parse_args([]))
-    now, then = vars(args), defaults | Checkpoint(Path(args.work_dir) / "checkpoint").args()
+    checkpoint = Checkpoint(Path(args.work_dir) / "checkpoint")
+    now, then = vars(args), defaults | checkpoint.args()
     differ = [name for name in now if name not in CHANGEABLE and now[name] != then[name]]
     if differ:
         changes = ", ".join(f"--{name} {then[name]} is now {now[name]}" for name in differ)
         raise ValueError(f"work_dir {args.work_dir} holds a run with other flags ({changes}): choose another work_dir")
+    if checkpoint.exists() and checkpoint.step() > args.num_train_steps:
+        step = checkpoint.step()
+        raise ValueError(f"work_dir {args.work_dir} is at step {step}, beyond --num_train_steps {args.num_train_steps}")
 
 
 def existing_part(path: Path) -> Path:
@@ -414,10 +443,11 @@ class Run:
         if args.action_repeat != repeat:
             yield f"note: the published results on this task have --action_repeat {repeat}, not {args.action_repeat}"
         device = torch.device(args.device)
-        name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else f" ({os.cpu_count()} cores)"
+        name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else f" ({cores()} cores)"
         yield f"device: {args.device}{name}"
-        if device.type == "cpu" and args.encoder_type == "pixel":
-            days = args.num_train_steps / 86400
+        days = (args.num_train_steps - self.step) / 86400
+        at_full_size = (args.image_size, args.num_filters, args.batch_size) >= (84, 32, 128)
+        if device.type == "cpu" and args.encoder_type == "pixel" and at_full_size and days > 0.05:
             yield (
                 f"note: without a GPU expect about one update a second, {days:.1f} days for this run; "
                 "`make demo` shows everything in minutes"
@@ -430,16 +460,18 @@ class Run:
         yield f"action: {self.env.action_space.shape}"
         replay = self.replay
         place = "in host memory" if replay.frames.device.type == "cpu" else f"on {replay.frames.device}"
-        yield f"replay: {replay.nbytes / 1e9:.2f} GB {place} for {replay.capacity:,} transitions"
+        yield f"replay: {in_bytes(replay.nbytes)} {place} for {replay.capacity:,} transitions"
         free = shutil.disk_usage(existing_part(self.checkpoint.folder)).free
-        yield f"checkpoints: up to {replay.nbytes / 1e9:.2f} GB in {self.checkpoint.folder}, {free / 1e9:.2f} GB free"
+        yield f"checkpoints: up to {in_bytes(replay.nbytes)} in {self.checkpoint.folder}, {in_bytes(free)} free"
         if free < replay.nbytes:
             yield "warning: the disk may be full before the run ends; it could then go on elsewhere, or with less to do"
         for name in ("actor", "critic", "decoder"):
             network = getattr(self.agent, name)
             if network is not None:
                 yield f"{name}: {sum(parameter.numel() for parameter in network.parameters()):,} parameters"
-        if args.num_train_steps <= args.init_steps:
+        if self.step:
+            yield f"at decision {self.step:,} of {args.num_train_steps:,}, evaluation at {self.next_eval:,}"
+        elif args.num_train_steps <= args.init_steps:
             yield "note: nothing will be learned: num_train_steps does not exceed init_steps"
         else:
             yield f"first an evaluation, {args.init_steps:,} random decisions, then as many updates at once"
@@ -452,43 +484,54 @@ class Run:
                 been changed.
             OSError: the folder cannot be written.
         """
-        args, purge_step, lines = self.args, None, []
+        args, purge_step = self.args, None
         make_dir(self.work_dir)
         self.lock = lock(self.work_dir / ".lock")
-        if args.resume and self.checkpoint.exists():
-            lines += self.restore()
-            purge_step = self.step + 1
-        else:
-            held = held_files(self.work_dir)
-            if held:
-                why = "there is no checkpoint yet" if args.resume else "they are overwritten"
-                lines.append(f"removed from {self.work_dir}: {', '.join(held)}; {why}")
-            remove(self.work_dir / name for name in held)
-            self.checkpoint.begin(vars(args))
         # Every episode brings its own seed; of `make_env`'s, only LQR's springs come.
         make_eval_env = functools.partial(make_env, args, args.seed)
         self.eval_envs = SideBySide(make_eval_env, args.num_eval_episodes, args.eval_workers)
-        write_json(self.work_dir / "args.json", dict(sorted(vars(args).items())))
-        self.logger = Logger(self.work_dir, use_tb=args.save_tb, purge_step=purge_step)
+        try:
+            if args.resume and self.checkpoint.exists():
+                lines = self.restore()
+                purge_step = self.step + 1
+            else:
+                lines = self.begin()
+            write_json(self.work_dir / "args.json", dict(sorted(vars(args).items())))
+            self.logger = Logger(self.work_dir, use_tb=args.save_tb, purge_step=purge_step)
+            with (self.work_dir / "starts.log").open("a") as file:
+                file.write(json.dumps(provenance() | {"step": self.step}) + "\n")
+        except BaseException:
+            self.eval_envs.close()
+            self.lock.close()
+            raise
         self.logger.set_state(self.waiting)
         self.last_checkpoint = (time.monotonic(), self.step)
         return lines
+
+    def begin(self) -> list[str]:
+        """Makes the folder this run's, and removes what there is of another or of an earlier start; lines to print."""
+        held = held_files(self.work_dir)
+        self.checkpoint.begin(vars(self.args))  # first: from now on the folder holds a run that has no checkpoint yet
+        remove(self.work_dir / name for name in held if name != "checkpoint")
+        if not held:
+            return []
+        why = "there is no checkpoint yet" if self.args.resume else "they are overwritten"
+        return [f"removed from {self.work_dir}: {', '.join(held)}; {why}"]
 
     def restore(self) -> list[str]:
         """Takes up the checkpoint, and cuts what was logged after it; gives lines to print."""
         args, then = self.args, self.checkpoint.args()
         changed = [name for name in sorted(CHANGEABLE - UNNOTED) if then.get(name) != getattr(args, name)]
         run, tensors = self.checkpoint.load(self.replay, self.agent.device)
-        try:
+        with naming(self.checkpoint.folder):
             self.agent.load_state_dict(tensors["agent"])
             self.set_state(run, tensors)
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{self.checkpoint.folder} is not of such a run: {str(error).splitlines()[0]}") from error
         if then["eval_freq"] != args.eval_freq:
-            self.next_eval = (self.step // args.eval_freq + 1) * args.eval_freq
+            last_end = self.episode_start if self.begun else self.step
+            self.next_eval = (last_end // args.eval_freq + 1) * args.eval_freq
         cut_logs(self.work_dir, run["logger"])
         lines = [f"note: --{name} was {then.get(name)} and is now {getattr(args, name)}" for name in changed]
-        if self.step >= args.num_train_steps and not self.evaluation_due:
+        if self.has_ended():
             return [*lines, f"the run has ended at step {self.step}: more --num_train_steps would take it further"]
         return [*lines, f"resuming at step {self.step}"]
 
@@ -549,15 +592,15 @@ class Run:
         freq = self.args.checkpoint_freq or math.inf
         return self.step > last_step and (minutes >= self.args.checkpoint_minutes or self.step - last_step >= freq)
 
-    def train(self) -> None:
-        """Runs the loop of a run that is open.
+    def train(self) -> list[str]:
+        """Runs the loop of a run that is open; gives lines to print at its end.
 
         Raises:
             Stopped: a signal has asked for it.
             NonFiniteLossError: a loss became NaN or infinite.
         """
-        if self.step >= self.args.num_train_steps and not self.evaluation_due:
-            return  # it had ended before
+        if self.has_ended():
+            return []
         while True:
             if self.evaluation_due:
                 self.evaluate(self.step)
@@ -573,6 +616,12 @@ class Run:
         self.logger.check_losses()  # of the last episode, if it was cut short
         self.save(self.step)
         self.write_checkpoint()
+        steps = self.step * self.args.action_repeat
+        return [f"done: {self.step:,} decisions, {steps:,} environment steps; all is in {self.work_dir}"]
+
+    def has_ended(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.step >= self.args.num_train_steps and not self.evaluation_due
 
     def stop_if_asked(self) -> None:
         """Raises Stopped if a signal has asked for it: here the run can go on another time."""
@@ -662,6 +711,7 @@ class Run:
         self.save_video(step)
         duration = time.perf_counter() - start_time
         self.logger.log("eval/episode_reward", moment.returns.sum(), step, n=len(seeds))
+        self.logger.log("eval/episode_reward_std", moment.returns.std(), step)  # between this evaluation's episodes
         self.logger.log("eval/duration", duration, step)
         self.logger.log("eval/environment_steps", step * args.action_repeat, step)
         self.logger.log("eval/decisions_per_second", moment.lengths.sum() / duration, step)
@@ -724,9 +774,32 @@ class Run:
         self.lock.close()
 
 
+def in_bytes(number: int) -> str:
+    """A number of bytes for people."""
+    return f"{number / 1e9:.2f} GB" if number >= 1e8 else f"{number / 1e6:.1f} MB"
+
+
 def progress(numbers: range, name: str) -> tqdm:
     """Counts, with a bar on stderr if that is a terminal; the bar is gone before a line is printed."""
     return tqdm(numbers, desc=name, leave=False, disable=None)
+
+
+def provenance() -> dict[str, str]:
+    """When, where and by what a run is started."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or no clone
+        commit = "unknown"
+    packages = ("torch", "numpy", "dm_control", "mujoco", "gym")
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(sys.argv),
+        "commit": commit,
+        "machine": f"{platform.platform()}, {cores()} cores",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "python": platform.python_version(),
+    } | {name: importlib.metadata.version(name) for name in packages}
 
 
 def remove(paths: Iterable[Path]) -> None:
@@ -803,9 +876,10 @@ def carry_out(run: Run, parser: OneLineParser) -> int:
     try:
         with stopped_by_signals(run):
             try:
-                for line in run.describe():
+                for line in run.describe() if not run.has_ended() else ():
                     print(line, flush=True)
-                run.train()
+                for line in run.train():
+                    print(line, flush=True)
             except Stopped as stopped:
                 run.write_checkpoint()
                 name = signal.Signals(stopped.signal_number).name
@@ -821,9 +895,9 @@ def carry_out(run: Run, parser: OneLineParser) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     parser = make_parser()
-    args = parser.parse_args(argv)
+    parser.parse_args(argv)  # whatever is wrong with a flag alone is said first
     with refusals(parser):
-        run = Run(args)
+        run = Run(parse(argv))
         for line in run.open():
             print(line, flush=True)
     return carry_out(run, parser)

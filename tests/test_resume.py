@@ -40,9 +40,13 @@ def tensors_of(state, name=""):
     return {path: tensor for key, value in items for path, tensor in tensors_of(value, f"{name}/{key}").items()}
 
 
+def checkpoint_of(work_dir):
+    return json.loads((work_dir / "checkpoint" / "checkpoint.json").read_text())["content"]
+
+
 def outcome(work_dir):
     """Log lines without their times, and the last checkpoint: numbers, and tensors with their bytes."""
-    index = json.loads((work_dir / "checkpoint" / "checkpoint.json").read_text())
+    index = checkpoint_of(work_dir)
     state = torch.load(work_dir / "checkpoint" / index["state"][0], weights_only=True)
     run = {key: value for key, value in index["run"].items() if key not in ("elapsed", "logger")}
     run["meters"] = index["run"]["logger"]["meters"]
@@ -104,6 +108,26 @@ def test_killed_at_random_moments(tmp_path, uninterrupted, kind):
     assert process.communicate(timeout=300)[1] == ""
     assert process.returncode == 0
     assert outcome(folder) == uninterrupted(*kind)
+
+
+@pytest.mark.parametrize("kill", range(1, 41) if LONG else [1, 2, 3, 4, 6, 7, 9, 14])
+@pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
+def test_killed_at_each_step_of_writing(tmp_path, uninterrupted, ended, flag, kill):
+    """At the start, too, when the folder is made or another run removed from it: it can always be resumed."""
+    folder = tmp_path / "log"
+    if flag == "--overwrite":
+        shutil.copytree(ended[1], folder)
+    process = subprocess.run(
+        [sys.executable, ROOT / "tests" / "slowed.py", *RUN, flag, "--work_dir", str(folder)],
+        env=os.environ | {"KILL_AT": str(kill)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert process.returncode == -signal.SIGKILL
+    assert process.stderr == ""
+    if flag == "--overwrite" and kill < 5:  # the other run may still be there, whole
+        assert train.main([*RUN, "--overwrite", "--work_dir", str(folder)]) == 0
+    else:
+        assert train.main([*RUN, "--resume", "--work_dir", str(folder)]) == 0
+    assert outcome(folder) == uninterrupted()
 
 
 PHASES = {
@@ -206,7 +230,7 @@ def test_what_was_written_after_the_checkpoint_is_cut(tmp_path, monkeypatch, uni
         patch.setattr(train.Run, "end_episode", fail)
         assert train.main(flags) == 1
     assert [record["step"] for record in read_log(folder / "train.log")][-1] == 140
-    assert json.loads((folder / "checkpoint" / "checkpoint.json").read_text())["run"]["step"] == 80
+    assert checkpoint_of(folder)["run"]["step"] == 80
     with (folder / "train.log").open("a") as file:
         file.write('{"half a li')
     assert train.main([*flags, "--resume"]) == 0
@@ -236,7 +260,15 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def flip(path, _):
+    content = bytearray(path.read_bytes())
+    place = random.Random(path.name).randrange(len(content) // 4, len(content))
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
 HARMS = {
+    "one bit changed": flip,
     "truncated": lambda path, _: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "emptied": lambda path, _: path.write_bytes(b""),
     "removed": lambda path, _: path.unlink(),
@@ -262,8 +294,7 @@ def test_damaged_checkpoints(tmp_path, ended, capsys, harm):
         assert exit_.value.code == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1, error
-        named = "state_" if file.name == "checkpoint.json" and "another" in harm else file.name
-        assert named in error or "flags (--seed 2 is now 1)" in error
+        assert file.name in error or (harm == "replaced by another run's" and "--seed 2 is now 1" in error)
         assert contents(folder) == before
 
 
@@ -304,7 +335,7 @@ def test_flags_that_may_change_are_noted(tmp_path, ended, capsys):
         "note: --num_train_steps was 95 and is now 130",
         "note: --save_model was False and is now True",
     ]
-    assert [record["step"] for record in read_log(tmp_path / "log" / "eval.log")] == [0, 60, 120]
+    assert [record["step"] for record in read_log(tmp_path / "log" / "eval.log")] == [0, 60, 100, 120]
 
 
 def test_resume_starts_where_there_is_nothing(tmp_path, uninterrupted, capsys):
@@ -346,12 +377,60 @@ def test_two_processes_do_not_share_a_folder(tmp_path, capsys, flag):
     assert train.main([*RUN, flag, "--work_dir", str(folder)]) == 0
 
 
+def test_a_refused_overwrite_removes_nothing(tmp_path, ended, capsys, monkeypatch):
+    shutil.copytree(ended[1], tmp_path / "log")
+    before = contents(tmp_path / "log")
+
+    def fail(*_):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(train, "SideBySide", fail)
+    with pytest.raises(SystemExit):
+        train.main([*RUN, "--overwrite", "--work_dir", str(tmp_path / "log")])
+    assert "Too many open files" in capsys.readouterr().err
+    assert contents(tmp_path / "log") == before
+
+
+def test_flags_that_are_not_given_stay_the_runs(tmp_path, ended, capsys):
+    shutil.copytree(ended[0], tmp_path / "log")
+    flags = ["--resume", "--num_train_steps", "130", "--eval_workers", "1", "--work_dir", str(tmp_path / "log")]
+    assert train.main(flags) == 0
+    assert "note: --num_train_steps was 95 and is now 130" in capsys.readouterr().out
+    assert checkpoint_of(tmp_path / "log")["run"]["step"] == 130
+    with pytest.raises(SystemExit):
+        train.main(["--resume", "--num_train_steps", "129", "--work_dir", str(tmp_path / "log")])
+    assert "is at step 130, beyond --num_train_steps 129" in capsys.readouterr().err
+
+
+def test_starts_are_recorded(ended):
+    """When, by what command, with which versions."""
+    records = read_log(ended[0] / "starts.log")
+    assert [record["step"] for record in records] == [0]
+    assert records[0]["torch"] == torch.__version__
+    assert len(records[0]["commit"]) >= 7
+    assert {"time", "command", "machine", "gpu", "python", "mujoco"} <= set(records[0])
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "noise"])
+def test_damaged_index_of_a_saved_replay(tmp_path, ended, capsys, content):
+    """--save_buffer finds something else in its place: a line, and it stays."""
+    shutil.copytree(ended[0], tmp_path / "log")
+    (tmp_path / "log" / "buffer").mkdir()
+    (tmp_path / "log" / "buffer" / "replay.json").write_text(content)
+    flags = [*RUN, "--resume", "--save_buffer", "--work_dir", str(tmp_path / "log")]
+    assert train.main(flags) == 1
+    error = capsys.readouterr().err
+    assert "replay.json belongs to another replay, or is damaged" in error
+    assert error.count("\n") == 1
+    assert (tmp_path / "log" / "buffer" / "replay.json").read_text() == content
+
+
 def test_overwrite_removes_the_run_and_nothing_else(tmp_path, ended, capsys):
     folder = tmp_path / "log"
     shutil.copytree(ended[1], folder)
     (folder / "notes.txt").write_text("mine")
     assert train.main([*RUN, "--num_train_steps", "95", "--overwrite", "--work_dir", str(folder)]) == 0
-    assert f"removed from {folder}: args.json, train.log, eval.log, checkpoint" in capsys.readouterr().out
+    assert f"removed from {folder}: args.json, starts.log, train.log, eval.log, checkpoint" in capsys.readouterr().out
     assert outcome(folder) == outcome(ended[0])
     assert (folder / "notes.txt").read_text() == "mine"
 
@@ -438,6 +517,6 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last(tmp_path, monkeypat
             patch.setattr(os, "fsync", fail)
             assert train.main(flags) == 1
         assert "Input/output error" in capsys.readouterr().err
-        assert json.loads((folder / "checkpoint" / "checkpoint.json").read_text())["run"]["step"] in (80, 160)
+        assert checkpoint_of(folder)["run"]["step"] in (80, 160)
         assert train.main([*flags, "--resume"]) == 0
         assert outcome(folder) == uninterrupted()
