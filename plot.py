@@ -182,7 +182,7 @@ def draw(runs: Sequence[Run], published: Sequence[Score]) -> Any:
     handles = {
         label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(3, len(handles)), fontsize=8)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)
     return figure
 
 
@@ -243,6 +243,8 @@ def table(runs: Sequence[Run], published: Sequence[Score]) -> list[dict[str, str
                 by_method[method].append(np.array(scores))
             rows.append(row(method, task, budget, scores, published_score(published, task, method, budget)))
         for method, values in by_method.items():
+            if len(values) == 1:
+                continue
             estimate = interquartile_mean_estimate(values)
             interval = between(estimate) if min(map(len, values)) > 1 else ""
             rows.append(
