@@ -469,14 +469,14 @@ def test_first_lines(tmp_path):
     flags = [*SMALL, "--action_repeat", "4", "--work_dir", str(tmp_path)]
     run = train.Run(train.make_parser().parse_args(flags))
     lines = list(run.describe())
-    starts = ["note: the published", "device: cpu", "note: without a GPU", "renderer: "]
+    starts = ["note: the published", "device: cpu", "renderer: "]
     if run.env.unwrapped.renderer[1]:
         starts += ["warning: this renderer is software"]
     starts += [
         "observation: (9, 32, 32) uint8",
         "action: (1,)",
-        "replay: 0.00 GB",
-        "checkpoints: ",
+        "replay: 0.2 MB in host memory for 60 transitions",
+        f"checkpoints: up to 0.2 MB in {tmp_path}/checkpoint, ",
         "actor: ",
         "critic: ",
         "decoder: ",
@@ -487,7 +487,9 @@ def test_first_lines(tmp_path):
     for software in (False, True):
         run.renderer = ("a name", software)
         assert any("renderer is software" in line for line in run.describe()) == software
-    run.args.init_steps = 60
+    run.args.num_train_steps, run.args.num_filters, run.args.image_size, run.args.batch_size = 86_400, 32, 84, 128
+    assert any("without a GPU expect about one update a second, 1.0 days" in line for line in run.describe())
+    run.args.num_train_steps = run.args.init_steps = 60
     assert list(run.describe())[-1].startswith("note: nothing will be learned")
     run.env.close()
 
