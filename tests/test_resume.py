@@ -88,7 +88,7 @@ def family(process):
     return []
 
 
-@pytest.mark.parametrize("kind", [PIXELS, ()], ids=["pixel", "state"])
+@pytest.mark.parametrize("kind", [PIXELS, ("--num_train_steps", "1000")], ids=["pixel", "state"])
 def test_killed_at_random_moments(tmp_path, uninterrupted, kind):
     """Again and again, among other moments in the middle of a checkpoint; it ends like one that never stopped."""
     moments, folder, kills = random.Random(len(kind)), tmp_path / "log", 0
