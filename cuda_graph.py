@@ -138,18 +138,16 @@ class GraphedAgent(SacAeAgent):
     def _unchanged(self) -> Iterator[None]:
         """Whatever is trained within it, weights, optimisers and random state are afterwards what they were."""
         before = {id(tensor): tensor.detach().clone() for tensor in self._state_tensors()}
-        rng = torch.cuda if self.device.type == "cuda" else torch.random
-        rng_state = rng.get_rng_state(*([self.device] if rng is torch.cuda else []))
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for tensor in self._state_tensors():
-                    if id(tensor) in before:
-                        tensor.copy_(before[id(tensor)])
-                    else:
-                        tensor.zero_()  # an optimiser's that had not begun
-            rng.set_rng_state(rng_state, *([self.device] if rng is torch.cuda else []))
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            try:
+                yield
+            finally:
+                with torch.no_grad():
+                    for tensor in self._state_tensors():
+                        if id(tensor) in before:
+                            tensor.copy_(before[id(tensor)])
+                        else:
+                            tensor.zero_()  # an optimiser's that had not begun
 
     def _state_tensors(self) -> Iterator[Tensor]:
         for network in self.networks.values():

@@ -62,7 +62,7 @@ class _RemoteGroup:
     """The same in a process of its own, which ends with this one, however this one ends.
 
     The two talk through the process's standard input and output. Unlike multiprocessing's, it does not import the
-    program that started it, and so does without PyTorch: a third of the memory, half of the time to start.
+    program that started it, and so does without PyTorch: less than half of the memory, a third of the time to import.
     """
 
     def __init__(self, make_env: Callable[[], Any], count: int):

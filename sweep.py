@@ -243,6 +243,7 @@ def main(argv: list[str] | None = None) -> int:
         for spec in specs:
             print(f"{spec.name}: {memory(spec.args) / 1e9:.2f} GB, python train.py {shlex.join(spec.flags)}")
         return 0
+    # Runs that ask for no share of a GPU may still see it; Ray would hide it from them.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     ray.init(address=args.address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
     console = Console()

@@ -220,7 +220,7 @@ def test_a_failed_restoration_is_not_hidden(monkeypatch):
 
     monkeypatch.setattr(cuda_graph, "Captured", Failing)
     agent = make_agent(GraphedAgent, "state", report=lambda line: None)
-    monkeypatch.setattr(torch.random, "set_rng_state", fail)
+    monkeypatch.setattr(torch, "set_rng_state", fail)
     with pytest.raises(RuntimeError, match="no such state"):
         agent.update(make_replay("state"), Silent(), 0)
 
