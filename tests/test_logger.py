@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -54,6 +55,18 @@ def test_train_line(tmp_path, capsys):
         "episode_reward": 21.16758,
         "step": 1000,
     }
+
+
+def test_tensors_in_host_memory_are_not_kept(tmp_path):
+    """Kept until the line, they would have a thousand updates of a line take 40 GB, for want of connected memory."""
+    logger = Logger(tmp_path, use_tb=False)
+    loss = torch.tensor(0.1, dtype=torch.float64)
+    kept = weakref.ref(loss)
+    logger.log("train_critic/loss", loss, 1)
+    del loss
+    assert kept() is None
+    logger.dump(1)
+    assert json.loads((tmp_path / "train.log").read_text())["critic_loss"] == 0.1
 
 
 def test_line_before_the_first_update(tmp_path, capsys):
