@@ -7,13 +7,15 @@ import ctypes
 import itertools
 import json
 import logging
+import math
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,8 +35,9 @@ METHODS = {
     "sac_state": ["--encoder_type", "identity", "--decoder_type", "identity"],
 }
 PUBLISHED_BUDGET = 500_000  # environment steps
-_ATTEMPTS = 3  # of a run that fails by itself; one whose node dies is tried as often as that happens
-_REFRESH = 5  # seconds between looks at the logs
+_ATTEMPTS = 3  # in a row without a newer checkpoint; those that end with their node are not counted
+_PAUSE = 10.0  # seconds before a second attempt, twice as many before a third
+_REFRESH = 5.0  # seconds between looks at the logs
 
 
 class Spec(NamedTuple):
@@ -56,7 +59,8 @@ class State(NamedTuple):
     step: int  # decisions
     speed: float  # decisions a second
     last_return: float  # of the last evaluation
-    ended: bool
+    saved: int  # decisions in the checkpoint
+    ended: bool  # all decisions and the last evaluation are made
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -71,7 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", default="sac_ae", help=f"comma-separated, of {', '.join(METHODS)}")
     parser.add_argument("--seeds", type=train.COUNT, default=1, help="seeds 1 to this")
     parser.add_argument("--work_dir", default="./sweep", help="folder of the runs' folders, seen by all nodes")
-    parser.add_argument("--address", help="of a Ray cluster, or auto; None starts Ray here")
+    parser.add_argument("--address", default="local", help="of a Ray cluster, or auto for the one this machine is in")
     parser.add_argument("--gpus_per_run", type=train.WEIGHT, default=0.0, help="a fraction packs runs on a GPU")
     parser.add_argument("--cpus_per_run", type=train.WEIGHT, default=1.0, help="cores that a run asks for")
     parser.add_argument("--dry_run", action="store_true", help="only print the runs and their memory")
@@ -93,7 +97,8 @@ def make_specs(args: argparse.Namespace) -> list[Spec]:
     if unknown:
         raise ValueError(f"there is no task or method {', '.join(unknown)}; a task is cartpole_swingup, for one")
     specs = []
-    for task, method, seed in itertools.product(tasks, methods, range(1, args.seeds + 1)):
+    # Seeds outermost: a sweep that is cut short has seen every task.
+    for seed, task, method in itertools.product(range(1, args.seeds + 1), tasks, methods):
         name = f"{task}-{method}-{seed}"
         flags = ["--domain_name", by_name[task][0], "--task_name", by_name[task][1], *METHODS[method]]
         if task in published:
@@ -126,16 +131,22 @@ def state_of(spec: Spec) -> State:
             speeds.append(record["decisions_per_second"])
         else:
             returns.append(record["episode_reward"])
-    return State(max(steps), speeds[-1], returns[-1], has_ended(spec))
-
-
-def has_ended(spec: Spec) -> bool:
-    """Whether the run has made all its decisions and its last evaluation."""
+    saved, ended = 0, False
     try:
         checkpoint = Checkpoint(spec.work_dir / "checkpoint")
-        return checkpoint.exists() and checkpoint.ended(spec.args.num_train_steps)
-    except ValueError:
-        return False
+        if checkpoint.exists():
+            saved, ended = checkpoint.step(), checkpoint.ended(spec.args.num_train_steps)
+    except ValueError:  # damaged: the run itself will say so
+        pass
+    return State(max(steps), speeds[-1], returns[-1], saved, ended)
+
+
+def output_bytes(spec: Spec) -> int:
+    """Size of what the run has printed."""
+    try:
+        return (spec.work_dir / "output.log").stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def die_with_parent() -> None:
@@ -144,9 +155,10 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
-@ray.remote(max_retries=-1)
-def carry_out(flags: list[str]) -> int:
-    """Runs train.py on a node until it ends; its exit status. If the node dies, Ray does so again on another one."""
+@ray.remote(max_retries=0)
+def carry_out(flags: list[str], pause: float) -> int:
+    """Runs train.py on a node, after so many seconds, until it ends; its exit status."""
+    time.sleep(pause)
     work_dir = Path(flags[flags.index("--work_dir") + 1])
     work_dir.mkdir(parents=True, exist_ok=True)
     with (work_dir / "output.log").open("a") as output:
@@ -166,68 +178,93 @@ class Sweep:
     def __init__(self, specs: Sequence[Spec], num_gpus: float, num_cpus: float):
         self.specs = list(specs)
         self.states = {spec.name: state_of(spec) for spec in specs}
-        self.failed: dict[str, int] = {}  # exit status
+        self.failed: dict[str, str] = {}  # why
         self._attempts = dict.fromkeys(self.states, 0)
         self._resources = {"num_gpus": num_gpus, "num_cpus": num_cpus}
         self._pending: dict[Any, Spec] = {}
-        self._begin = time.monotonic()
+        self._saved: dict[str, int] = {}  # decisions in the checkpoint that the attempt began with
+        self._output: dict[str, int] = {}  # bytes of output before the attempt
         for spec in specs:
             if not self.states[spec.name].ended:
                 self._submit(spec)
 
     def _submit(self, spec: Spec) -> None:
-        self._attempts[spec.name] += 1
-        self._pending[carry_out.options(**self._resources).remote(spec.flags)] = spec
+        self._saved[spec.name] = self.states[spec.name].saved
+        self._output[spec.name] = output_bytes(spec)
+        pause = _PAUSE * self._attempts[spec.name]
+        self._pending[carry_out.options(**self._resources).remote(spec.flags, pause)] = spec
 
-    def wait(self, seconds: float) -> bool:
-        """Waits for something to end, at most so long; whether there is more to wait for."""
-        if not self._pending:
-            return False
+    def wait(self, seconds: float) -> list[str]:
+        """Waits for something to end, at most so long; a line for each run that has ended, failed or is tried again."""
         done, _ = ray.wait(list(self._pending), timeout=seconds)
-        for task in done:
-            self._end(self._pending.pop(task), task)
+        lines = [self._end(self._pending.pop(task), task) for task in done]
         for spec in self._pending.values():
             self.states[spec.name] = state_of(spec)
+        return lines
+
+    def _end(self, spec: Spec, task: Any) -> str:
+        """Tries a run again that has not ended, unless it has failed too often in a row and got no further."""
+        name, counts = spec.name, 1
+        try:
+            reason = f"status {ray.get(task)}"
+        except ray.exceptions.NodeDiedError:
+            reason, counts = "its node's death", 0
+        except ray.exceptions.RayError as error:
+            reason = str(error).splitlines()[0]
+        state = self.states[name] = state_of(spec)
+        if state.ended:
+            return f"{name} has ended: last return {state.last_return:.1f}"
+        further = state.saved > self._saved[name]
+        self._attempts[name] = counts if further else self._attempts[name] + counts
+        if self._attempts[name] < _ATTEMPTS:
+            self._submit(spec)
+            return f"{name} stopped with {reason}; it goes on from decision {state.saved}"
+        self.failed[name] = reason
+        return f"{name} failed with {reason}"
+
+    def pending(self) -> bool:
+        """Whether there is more to wait for."""
         return bool(self._pending)
 
-    def _end(self, spec: Spec, task: Any) -> None:
-        try:
-            status = ray.get(task)
-        except ray.exceptions.RayError:
-            status = -1
-        self.states[spec.name] = state_of(spec)
-        if self.states[spec.name].ended:
-            return
-        if self._attempts[spec.name] < _ATTEMPTS:
-            self._submit(spec)
-        else:
-            self.failed[spec.name] = status
+    def _running(self) -> set[str]:
+        """Names of the runs that have written something in this attempt."""
+        return {spec.name for spec in self._pending.values() if output_bytes(spec) > self._output[spec.name]}
 
-    def table(self) -> Table:
-        """How far each run is, and what is left."""
-        table = Table(
-            title=f"{sum(state.ended for state in self.states.values())} of {len(self.specs)} runs have ended"
-        )
+    def table(self, most_rows: int | None = None) -> Table:
+        """How far each run is and what is left; of more runs than `most_rows`, those that run."""
+        running = self._running()
+        speed = sum(self.states[name].speed for name in running)
+        ended = sum(state.ended for state in self.states.values())
+        title = f"{ended} of {len(self.specs)} runs have ended, {len(running)} are running"
+        table = Table(title=f"{title}, {speed:.1f} decisions a second" if speed else title)
         for column in ("run", "decisions", "a second", "last return", "left"):
             table.add_column(column, justify="left" if column == "run" else "right")
-        running = {spec.name for spec in self._pending.values()}
-        for spec in self.specs:
-            state, total = self.states[spec.name], spec.args.num_train_steps
-            left = (total - state.step) / state.speed if state.speed else float("nan")
-            word = "failed" if spec.name in self.failed else "done" if state.ended else "waits"
-            if spec.name in running and state.speed:
-                word = f"{left / 3600:.1f} h"
-            speed, last = (f"{value:.1f}" for value in (state.speed, state.last_return))
-            table.add_row(spec.name, f"{state.step:,} / {total:,}", speed, last, word)
+        shown = self.specs
+        if most_rows is not None and len(shown) > most_rows:
+            shown = [spec for spec in shown if spec.name in running][:most_rows]
+        for spec in shown:
+            table.add_row(spec.name, *self._row(spec, spec.name in running))
         return table
+
+    def _row(self, spec: Spec, running: bool) -> Iterator[str]:
+        """Its cells in the table."""
+        state, total = self.states[spec.name], spec.args.num_train_steps
+        yield f"{state.step:,} / {total:,}"
+        yield f"{state.speed:.1f}" if state.speed else ""
+        yield "" if math.isnan(state.last_return) else f"{state.last_return:.1f}"
+        if running and state.speed:
+            yield f"{(total - state.step) / state.speed / 3600:.1f} h"
+        else:
+            yield "failed" if spec.name in self.failed else "done" if state.ended else "runs" if running else "waits"
 
     def report(self) -> list[str]:
         """For each run that has failed, its last lines."""
         lines = []
         for spec in self.specs:
             if spec.name in self.failed:
-                output = (spec.work_dir / "output.log").read_text(errors="replace").splitlines()
-                lines += [f"{spec.name} failed with status {self.failed[spec.name]}; its last lines:", *output[-5:]]
+                lines.append(f"{spec.name} failed with {self.failed[spec.name]}; its last lines:")
+                with suppress(OSError):
+                    lines += (spec.work_dir / "output.log").read_text(errors="replace").splitlines()[-5:]
         return lines
 
 
@@ -250,8 +287,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         sweep = Sweep(specs, args.gpus_per_run, args.cpus_per_run)
         with Live(sweep.table(), console=console, auto_refresh=False, transient=True) as live:
-            while sweep.wait(_REFRESH):
-                live.update(sweep.table(), refresh=console.is_terminal)
+            while sweep.pending():
+                for line in sweep.wait(_REFRESH):
+                    console.print(line, highlight=False, soft_wrap=True)
+                live.update(sweep.table(most_rows=console.height - 5), refresh=console.is_terminal)
         console.print(sweep.table())
     finally:
         ray.shutdown()

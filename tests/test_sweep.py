@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 import ray
+from ray._private.ray_constants import PROCESS_TYPE_RAYLET
+from ray.cluster_utils import Cluster
 from test_resume import outcome
 
 import sweep
 import train
+from checkpoint import Checkpoint
 
 TINY = (
     "--image_size 16 --num_layers 2 --num_filters 4 --hidden_dim 16 --batch_size 8 --init_steps 40 --action_repeat 50 "
     "--num_train_steps 100 --eval_freq 60 --num_eval_episodes 2 --eval_workers 1 --device cpu"
 ).split()
+LONGER = [*TINY, "--num_train_steps", "1000", "--eval_freq", "400"]
 TWO = ["--tasks", "cartpole_swingup", "--methods", "sac_state", "--seeds", "2"]
 
 
@@ -55,6 +64,12 @@ def test_dry_run(tmp_path, capsys):
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch):
+    monkeypatch.setattr(sweep, "_PAUSE", 0.1)
+    monkeypatch.setattr(sweep, "_REFRESH", 0.2)
+
+
 def test_a_sweep(tmp_path, capsys, monkeypatch):
     """Logs and parameters are those of single runs; one that fails is told; a rerun starts nothing that has ended."""
     folder = tmp_path / "sweep"
@@ -65,6 +80,7 @@ def test_a_sweep(tmp_path, capsys, monkeypatch):
     assert sweep.main(command) == 1
     output = capsys.readouterr()
     assert "1 of 2 runs have ended" in output.out
+    assert output.out.count("cartpole_swingup-sac_state-2 stopped with status 2; it goes on from decision 0") == 2
     assert "cartpole_swingup-sac_state-2 failed with status 2; its last lines:" in output.err
     assert "checkpoint.json is missing" in output.err
     single = [*TINY, *sweep.METHODS["sac_state"], "--domain_name", "cartpole", "--task_name", "swingup", "--seed", "1"]
@@ -81,3 +97,48 @@ def test_a_sweep(tmp_path, capsys, monkeypatch):
     assert sweep.main(command) == 0
     assert "2 of 2 runs have ended" in capsys.readouterr().out
     assert not ray.is_initialized()
+
+
+def test_losing_a_node(tmp_path, capsys):
+    """Four runs on two nodes, one of which goes: all end, none twice, and their logs are those of single runs."""
+    folder, names = tmp_path / "sweep", [f"cartpole_swingup-sac_state-{seed}" for seed in range(1, 5)]
+    flags = [*LONGER, "--checkpoint_freq", "20"]
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    node = cluster.add_node(num_cpus=2)
+    lost = threading.Thread(target=lose, args=(cluster, node))
+    lost.start()
+    try:
+        status = sweep.main(
+            ["--address", cluster.address, "--work_dir", str(folder), *TWO, "--seeds", "4", "--", *flags]
+        )
+    finally:
+        lost.join()
+        cluster.shutdown()
+    output = capsys.readouterr()
+    assert status == 0, output
+    for name in names:
+        assert output.out.count(f"{name} has ended") == 1
+    assert output.out.count("stopped with its node's death; it goes on from decision") == 2
+    starts = {name: (folder / name / "output.log").read_text().count("$ python train.py") for name in names}
+    assert sorted(starts.values()) == [1, 1, 2, 2]
+    resumed = next(name for name in names if starts[name] == 2)
+    assert "resuming at step" in (folder / resumed / "output.log").read_text()
+    for name in (resumed, next(name for name in names if starts[name] == 1)):
+        single = [*LONGER, *sweep.METHODS["sac_state"], "--domain_name", "cartpole", "--task_name", "swingup"]
+        assert train.main([*single, "--seed", name[-1], "--work_dir", str(tmp_path / name)]) == 0
+        assert outcome(folder / name) == outcome(tmp_path / name)
+
+
+def lose(cluster, node):
+    """Takes the node from the cluster when both its runs have a checkpoint."""
+    raylet = psutil.Process(node.all_processes[PROCESS_TYPE_RAYLET][0].process.pid)
+    deadline, saved = time.monotonic() + 100, set()
+    while len(saved) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+        for process in raylet.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess, ValueError):
+                command = process.cmdline()
+                work_dir = command[command.index("--work_dir") + 1]
+                if Checkpoint(Path(work_dir) / "checkpoint").exists():
+                    saved.add(work_dir)
+    cluster.remove_node(node, allow_graceful=False)
