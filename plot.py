@@ -15,6 +15,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # files are all that is made: no display is needed
 import matplotlib.pyplot as plt
+import matplotlib.ticker as ticker
 import numpy as np
 from scipy import stats
 
@@ -177,7 +178,8 @@ def draw(runs: Sequence[Run], published: Sequence[Score]) -> Any:
         axis.set_xlabel("environment steps")
         axis.set_ylabel("return")
         axis.set_ylim(-20, 1020)
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1e3:g}k")
+        axis.set_xlim(left=0)
+        axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))  # 100k, 1M
         axis.grid(alpha=0.3)
     handles = {
         label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
@@ -195,7 +197,8 @@ def draw_task(axis: Any, runs: Sequence[Run], published: Sequence[Score]) -> Non
         for run in mine:
             axis.plot(run.steps, run.returns, color=colour, alpha=0.25, linewidth=0.8)
         grid, means = curve(mine)
-        axis.plot(grid, [mean.value for mean in means], line, color=colour, label=f"{method}, here (mean, 95 %)")
+        label = f"{method}, here (mean, 95 %)"
+        axis.plot(grid, [mean.value for mean in means], line, marker=".", markersize=3, color=colour, label=label)
         axis.fill_between(
             grid, [mean.low for mean in means], [mean.high for mean in means], color=colour, alpha=0.2, linewidth=0
         )
@@ -282,10 +285,30 @@ def write_table(rows: Sequence[dict[str, str]], out: Path) -> None:
     names = list(rows[0])
     lines = [names, ["---"] * len(names), *([line[name] for name in names] for line in rows)]
     out.with_suffix(".md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
-    with out.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
+    write_csv(rows, out.with_suffix(".csv"))
+
+
+def write_csv(rows: Sequence[dict[str, str]], path: Path) -> None:
+    """Writes the rows below a line of their names."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def evaluations(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """All that the figure shows of the runs, a row for each evaluation."""
+    return [
+        {
+            "task": run.task,
+            "method": run.method,
+            "seed": f"{run.seed}",
+            "environment steps": f"{steps:.0f}",
+            "return": f"{value}",
+        }
+        for run in runs
+        for steps, value in zip(run.steps, run.returns, strict=True)
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -309,6 +332,7 @@ def main(argv: list[str] | None = None) -> int:
     plt.close(figure)
     rows = table(runs, published)
     write_table(rows, args.out / "scores")
+    write_csv(evaluations(runs), args.out / "evaluations.csv")
     print((args.out / "scores.md").read_text(), end="")
     return 0
 

@@ -50,6 +50,8 @@ def test_table(tmp_path, capsys):
     assert rows["SAC+AE:pixel", "cheetah_run", "500000"]["return"] == "not run"
     assert rows["SAC:state", "cheetah_run", "100000"]["seeds"] == "1"
     assert rows["SAC:state", "cheetah_run", "100000"]["95 %"] == ""
+    with (out / "evaluations.csv").open(newline="") as file:
+        assert [row["return"] for row in csv.DictReader(file) if row["seed"] == "2"] == ["0.0", "10.0", "300.0"]
     printed = capsys.readouterr().out
     assert printed == (out / "scores.md").read_text()
     assert printed.splitlines()[2].startswith("| SAC+AE:pixel | cheetah_run | 100000 | 2 | 200.0 |")
