@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-ARGS ?= --resume --domain_name cheetah --task_name run --encoder_type pixel --decoder_type pixel --action_repeat 4 \
+TRAIN_ARGS := --resume --domain_name cheetah --task_name run --encoder_type pixel --decoder_type pixel --action_repeat 4 \
 	--save_video --save_tb --work_dir ./log --seed 1
 DEMO_ARGS := --domain_name cartpole --task_name swingup --encoder_type pixel --decoder_type pixel --action_repeat 8 \
 	--num_train_steps 500 --init_steps 150 --eval_freq 250 --num_eval_episodes 2 --batch_size 32 --hidden_dim 256 \
@@ -13,7 +13,7 @@ DEMO_ARGS := --domain_name cartpole --task_name swingup --encoder_type pixel --d
 .PHONY: train demo sweep test test-long lint clean
 
 train: $(VENV)/installed
-	$(VENV)/bin/python train.py $(ARGS)
+	$(VENV)/bin/python train.py $(or $(ARGS),$(TRAIN_ARGS))
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python train.py $(DEMO_ARGS)

@@ -8,14 +8,13 @@ import itertools
 import json
 import logging
 import math
-import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,9 +34,14 @@ METHODS = {
     "sac_state": ["--encoder_type", "identity", "--decoder_type", "identity"],
 }
 PUBLISHED_BUDGET = 500_000  # environment steps
-_ATTEMPTS = 3  # in a row without a newer checkpoint; those that end with their node are not counted
-_PAUSE = 10.0  # seconds before a second attempt, twice as many before a third
-_REFRESH = 5.0  # seconds between looks at the logs
+# Flags of train.py that are the sweep's to give.
+OWN = ("--domain_name", "--task_name", "--encoder_type", "--decoder_type", "--seed", "--work_dir", "--overwrite")
+_ATTEMPTS = 3  # in a row without a newer checkpoint
+_DEATHS = 10  # of nodes under a run, in a row without a newer checkpoint
+_PAUSE = 10.0  # seconds before the next attempt after one stop in vain, twice as many after two
+_REFRESH = 1.0  # seconds between looks at the logs
+_REPORT = 600.0  # seconds between tables where there is no terminal
+_GRACE = 120.0  # seconds that runs have for their checkpoints when the sweep is stopped
 
 
 class Spec(NamedTuple):
@@ -45,7 +49,7 @@ class Spec(NamedTuple):
 
     name: str
     flags: list[str]  # of train.py, work_dir included
-    args: argparse.Namespace
+    args: argparse.Namespace  # that these come to, with what a run that is there already keeps
 
     @property
     def work_dir(self) -> Path:
@@ -77,7 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--work_dir", default="./sweep", help="folder of the runs' folders, seen by all nodes")
     parser.add_argument("--address", default="local", help="of a Ray cluster, or auto for the one this machine is in")
     parser.add_argument("--gpus_per_run", type=train.WEIGHT, default=0.0, help="a fraction packs runs on a GPU")
-    parser.add_argument("--cpus_per_run", type=train.WEIGHT, default=1.0, help="cores that a run asks for")
+    parser.add_argument("--cpus_per_run", type=train.RATE, default=1.0, help="cores that a run asks for")
     parser.add_argument("--dry_run", action="store_true", help="only print the runs and their memory")
     parser.add_argument("flags", nargs="*", help=argparse.SUPPRESS)
     return parser
@@ -91,85 +95,126 @@ def make_specs(args: argparse.Namespace) -> list[Spec]:
     """
     by_name = {f"{domain}_{task}": (domain, task) for domain, task in train.dmc2gym.task_names()}
     published = {f"{domain}_{task}": repeat for (domain, task), repeat in train.PUBLISHED_REPEATS.items()}
-    tasks = list(published) if args.tasks == "published" else args.tasks.split(",")
-    methods = args.methods.split(",")
+    tasks = list(published if args.tasks == "published" else dict.fromkeys(args.tasks.split(",")))
+    methods = list(dict.fromkeys(args.methods.split(",")))
     unknown = [name for name in tasks if name not in by_name] + [name for name in methods if name not in METHODS]
     if unknown:
         raise ValueError(f"there is no task or method {', '.join(unknown)}; a task is cartpole_swingup, for one")
+    given = {flag.partition("=")[0] for flag in args.flags}
+    if given.intersection(OWN):
+        raise ValueError(f"{', '.join(sorted(given.intersection(OWN)))} after --: tasks, methods and seeds say that")
+    if args.gpus_per_run > 1 and args.gpus_per_run % 1:
+        raise ValueError(f"gpus_per_run must be a fraction or a whole number, got {args.gpus_per_run:g}")
+    eval_workers = ["--eval_workers", str(max(1, int(args.cpus_per_run)))]
     specs = []
     # Seeds outermost: a sweep that is cut short has seen every task.
     for seed, task, method in itertools.product(range(1, args.seeds + 1), tasks, methods):
         name = f"{task}-{method}-{seed}"
-        flags = ["--domain_name", by_name[task][0], "--task_name", by_name[task][1], *METHODS[method]]
+        domain_name, task_name = by_name[task]
+        flags = ["--domain_name", domain_name, "--task_name", task_name, *METHODS[method], *eval_workers]
         if task in published:
-            repeat = published[task]
-            flags += ["--action_repeat", str(repeat), "--num_train_steps", str(PUBLISHED_BUDGET // repeat)]
+            if "--action_repeat" not in given:
+                flags += ["--action_repeat", str(published[task])]
+            if "--num_train_steps" not in given:
+                repeat = train.make_parser().parse_args([*flags, *args.flags]).action_repeat
+                flags += ["--num_train_steps", str(PUBLISHED_BUDGET // repeat)]
         flags += [*args.flags, "--seed", str(seed), "--work_dir", str(Path(args.work_dir).resolve() / name), "--resume"]
-        specs.append(Spec(name, flags, train.make_parser().parse_args(flags)))
+        specs.append(Spec(name, flags, flags_in_force(flags)))
     for spec in specs:
         train.check_task_and_networks(spec.args)
     return specs
 
 
+def flags_in_force(flags: list[str]) -> argparse.Namespace:
+    """What train.py makes of the flags; if the run's checkpoint cannot be read, it will say so itself."""
+    try:
+        return train.parse(flags)
+    except (ValueError, OSError):
+        return train.make_parser().parse_args(flags)
+
+
 def memory(args: argparse.Namespace) -> int:
-    """Bytes of a run's replay; roughly, for states, whose shape is not known before the task is made."""
+    """Bytes that a run takes in all, roughly: its replay and 2 GB for updates and evaluations; 1 GB for states."""
     pixels = args.encoder_type == "pixel"
+    # The shape of states is not known before the task is made.
     obs_shape = (3 * args.frame_stack, args.image_size, args.image_size) if pixels else (100,)
-    return replay_bytes(obs_shape, (6,), train.replay_capacity(args))
+    return replay_bytes(obs_shape, (6,), train.replay_capacity(args)) + int(2e9 if pixels else 1e9)
 
 
 def state_of(spec: Spec) -> State:
-    """What the run's logs and checkpoint say."""
-    steps, speeds, returns = [0], [0.0], [float("nan")]
+    """What the run's logs and checkpoint say; of what is not there yet, damaged or being written, nothing."""
+    steps, speeds, returns = [0], [0.0], [math.nan]
     for name in ("train", "eval"):
-        try:
+        with suppress(OSError, ValueError, IndexError, KeyError, TypeError):
             record = json.loads((spec.work_dir / f"{name}.log").read_text().splitlines()[-1])
-        except (OSError, ValueError, IndexError):  # not there yet, or being written
-            continue
-        steps.append(record["step"])
-        if name == "train":
-            speeds.append(record["decisions_per_second"])
-        else:
-            returns.append(record["episode_reward"])
+            steps.append(int(record["step"]))
+            if name == "train":
+                speeds.append(float(record["decisions_per_second"]))
+            else:
+                returns.append(float(record["episode_reward"]))
     saved, ended = 0, False
-    try:
+    with suppress(OSError, ValueError):
         checkpoint = Checkpoint(spec.work_dir / "checkpoint")
         if checkpoint.exists():
             saved, ended = checkpoint.step(), checkpoint.ended(spec.args.num_train_steps)
-    except ValueError:  # damaged: the run itself will say so
-        pass
-    return State(max(steps), speeds[-1], returns[-1], saved, ended)
+    return State(max(*steps, saved), speeds[-1], returns[-1], saved, ended)
 
 
 def output_bytes(spec: Spec) -> int:
     """Size of what the run has printed."""
     try:
         return (spec.work_dir / "output.log").stat().st_size
-    except FileNotFoundError:
+    except OSError:
         return 0
 
 
-def die_with_parent() -> None:
-    """Has the kernel kill this process when the one that started it ends (Linux: prctl, PR_SET_PDEATHSIG)."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+def output_end(spec: Spec) -> list[str]:
+    """The last lines of what the run has printed."""
+    try:
+        return (spec.work_dir / "output.log").read_text(errors="replace").splitlines()[-5:]
+    except OSError:
+        return []
 
 
 @ray.remote(max_retries=0)
-def carry_out(flags: list[str], pause: float) -> int:
-    """Runs train.py on a node, after so many seconds, until it ends; its exit status."""
+def carry_out(flags: list[str], work_dir: Path, pause: float) -> int:
+    """Runs train.py on a node, after so many seconds, until it ends; its exit status.
+
+    If this task is cancelled, train.py is told to stop, and writes a checkpoint.
+    """
     time.sleep(pause)
-    work_dir = Path(flags[flags.index("--work_dir") + 1])
     work_dir.mkdir(parents=True, exist_ok=True)
+    libc = ctypes.CDLL(None)
+
+    def prepare() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # Ray blocks it
+        if sys.platform.startswith("linux"):  # the kernel shall kill this process when Ray's, its parent, ends
+            libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
     with (work_dir / "output.log").open("a") as output:
         print(f"$ {shlex.join(['python', 'train.py', *flags])}", file=output, flush=True)
-        return subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, str(ROOT / "train.py"), *flags],
             stdout=output,
             stderr=subprocess.STDOUT,
-            preexec_fn=die_with_parent,
-            check=False,
-        ).returncode
+            preexec_fn=prepare,
+        )
+        try:
+            while process.poll() is None:
+                time.sleep(0.1)  # a wait without end would not hear of a cancellation
+        finally:
+            process.terminate()
+            process.wait()
+    return process.returncode
+
+
+def node_with(request: dict[str, float]) -> bool:
+    """Whether a node of the cluster has so much of each resource, if nothing else runs there."""
+    return any(
+        all(node["Resources"].get(name, 0) >= amount for name, amount in request.items())
+        for node in ray.nodes()
+        if node["Alive"]
+    )
 
 
 class Sweep:
@@ -179,69 +224,97 @@ class Sweep:
         self.specs = list(specs)
         self.states = {spec.name: state_of(spec) for spec in specs}
         self.failed: dict[str, str] = {}  # why
-        self._attempts = dict.fromkeys(self.states, 0)
-        self._resources = {"num_gpus": num_gpus, "num_cpus": num_cpus}
+        self._shares = {"num_gpus": num_gpus, "num_cpus": num_cpus}
         self._pending: dict[Any, Spec] = {}
-        self._saved: dict[str, int] = {}  # decisions in the checkpoint that the attempt began with
-        self._output: dict[str, int] = {}  # bytes of output before the attempt
+        self._stops: dict[str, list[bool]] = {spec.name: [] for spec in specs}  # in vain; whether a node died
+        self._begun: dict[str, tuple[int, int]] = {}  # bytes of output and decisions saved before the attempt
         for spec in specs:
             if not self.states[spec.name].ended:
                 self._submit(spec)
+            else:
+                try:
+                    train.check_resumed(spec.args)
+                except ValueError as error:
+                    self.failed[spec.name] = str(error)
 
     def _submit(self, spec: Spec) -> None:
-        self._saved[spec.name] = self.states[spec.name].saved
-        self._output[spec.name] = output_bytes(spec)
-        pause = _PAUSE * self._attempts[spec.name]
-        self._pending[carry_out.options(**self._resources).remote(spec.flags, pause)] = spec
+        self._begun[spec.name] = (output_bytes(spec), self.states[spec.name].saved)
+        options = carry_out.options(**self._shares, memory=memory(spec.args))
+        pause = _PAUSE * len(self._stops[spec.name])
+        self._pending[options.remote(spec.flags, spec.work_dir, pause)] = spec
 
     def wait(self, seconds: float) -> list[str]:
         """Waits for something to end, at most so long; a line for each run that has ended, failed or is tried again."""
         done, _ = ray.wait(list(self._pending), timeout=seconds)
         lines = [self._end(self._pending.pop(task), task) for task in done]
+        running = self.running()
         for spec in self._pending.values():
-            self.states[spec.name] = state_of(spec)
+            if spec.name in running:
+                self.states[spec.name] = state_of(spec)
         return lines
 
     def _end(self, spec: Spec, task: Any) -> str:
-        """Tries a run again that has not ended, unless it has failed too often in a row and got no further."""
-        name, counts = spec.name, 1
+        """Sees whether a run has ended; if not, it is tried again unless it has stopped in vain too often."""
+        name, died, last = spec.name, False, False
         try:
-            reason = f"status {ray.get(task)}"
+            status = ray.get(task)
+            reason = f"status {status}" if status >= 0 else signal.Signals(-status).name
+            last = status == 0
         except ray.exceptions.NodeDiedError:
-            reason, counts = "its node's death", 0
+            reason, died = "its node's death", True
         except ray.exceptions.RayError as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error).strip().splitlines()[-1]
         state = self.states[name] = state_of(spec)
+        stops = self._stops[name]
         if state.ended:
             return f"{name} has ended: last return {state.last_return:.1f}"
-        further = state.saved > self._saved[name]
-        self._attempts[name] = counts if further else self._attempts[name] + counts
-        if self._attempts[name] < _ATTEMPTS:
-            self._submit(spec)
-            return f"{name} stopped with {reason}; it goes on from decision {state.saved}"
-        self.failed[name] = reason
-        return f"{name} failed with {reason}"
+        if last:
+            reason += f", but its end is not seen here: do all nodes share {spec.work_dir}?"
+        elif state.saved > self._begun[name][1]:
+            stops.clear()
+        else:
+            stops.append(died)
+        if last or stops.count(False) >= _ATTEMPTS or len(stops) >= _DEATHS:
+            self.failed[name] = reason
+            return f"{name} failed with {reason}"
+        self._submit(spec)
+        return f"{name} stopped with {reason}; it goes on from decision {state.saved}"
 
     def pending(self) -> bool:
         """Whether there is more to wait for."""
         return bool(self._pending)
 
-    def _running(self) -> set[str]:
+    def stop(self) -> None:
+        """Has the runs write checkpoints and end."""
+        for task in self._pending:
+            ray.cancel(task)
+        ray.wait(list(self._pending), num_returns=len(self._pending), timeout=_GRACE)
+
+    def unplaceable(self) -> str | None:
+        """Why the runs that wait will wait for ever, unless the cluster grows; None if they will not."""
+        shares = {"GPU": self._shares["num_gpus"], "CPU": self._shares["num_cpus"]}
+        for spec in self._pending.values():
+            if not node_with(shares | {"memory": memory(spec.args)}):
+                asked = f"{shares['CPU']:g} cores, {shares['GPU']:g} GPUs and {memory(spec.args) / 1e9:.1f} GB"
+                return f"no node has the {asked} of memory that {spec.name} asks for"
+        return None
+
+    def running(self) -> set[str]:
         """Names of the runs that have written something in this attempt."""
-        return {spec.name for spec in self._pending.values() if output_bytes(spec) > self._output[spec.name]}
+        return {spec.name for spec in self._pending.values() if output_bytes(spec) > self._begun[spec.name][0]}
 
     def table(self, most_rows: int | None = None) -> Table:
         """How far each run is and what is left; of more runs than `most_rows`, those that run."""
-        running = self._running()
+        running = self.running()
+        ended = sum(state.ended for name, state in self.states.items() if name not in self.failed)
         speed = sum(self.states[name].speed for name in running)
-        ended = sum(state.ended for state in self.states.values())
-        title = f"{ended} of {len(self.specs)} runs have ended, {len(running)} are running"
-        table = Table(title=f"{title}, {speed:.1f} decisions a second" if speed else title)
+        title = f"{ended} of {len(self.specs)} runs have ended, {len(running)} are running, {len(self.failed)} failed"
+        table = Table(title=f"{title}; {speed:.1f} decisions a second" if speed else title)
         for column in ("run", "decisions", "a second", "last return", "left"):
             table.add_column(column, justify="left" if column == "run" else "right")
         shown = self.specs
         if most_rows is not None and len(shown) > most_rows:
-            shown = [spec for spec in shown if spec.name in running][:most_rows]
+            shown = [spec for spec in shown if spec.name in running][: max(1, most_rows)]
         for spec in shown:
             table.add_row(spec.name, *self._row(spec, spec.name in running))
         return table
@@ -262,10 +335,44 @@ class Sweep:
         lines = []
         for spec in self.specs:
             if spec.name in self.failed:
-                lines.append(f"{spec.name} failed with {self.failed[spec.name]}; its last lines:")
-                with suppress(OSError):
-                    lines += (spec.work_dir / "output.log").read_text(errors="replace").splitlines()[-5:]
+                lines += [f"{spec.name} failed with {self.failed[spec.name]}; its last lines:", *output_end(spec)]
         return lines
+
+
+@contextmanager
+def told_to_stop() -> Iterator[list[int]]:
+    """A list that SIGINT or SIGTERM is appended to; a second one ends the program at once."""
+    asked: list[int] = []
+
+    def ask(number: int, _frame: Any) -> None:
+        asked.append(number)
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def carry_on(sweep: Sweep, console: Console) -> int | None:
+    """Waits for the runs, telling how far they are; the signal that broke it off, or None."""
+    reported = time.monotonic()
+    with told_to_stop() as asked, Live(console=console, auto_refresh=False, transient=True) as live:
+        while sweep.pending() and not asked:
+            for line in sweep.wait(_REFRESH):
+                console.print(line, highlight=False, soft_wrap=True)
+            if console.is_terminal:
+                live.update(sweep.table(most_rows=console.height - 5), refresh=True)
+            elif time.monotonic() - reported > _REPORT:
+                console.print(sweep.table())
+                reported = time.monotonic()
+        if asked:
+            console.print("stopping: the runs write checkpoints")
+            sweep.stop()
+    return asked[0] if asked else None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -278,24 +385,31 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     if args.dry_run:
         for spec in specs:
-            print(f"{spec.name}: {memory(spec.args) / 1e9:.2f} GB, python train.py {shlex.join(spec.flags)}")
+            print(f"{spec.name}: about {memory(spec.args) / 1e9:.1f} GB, python train.py {shlex.join(spec.flags)}")
         return 0
-    # Runs that ask for no share of a GPU may still see it; Ray would hide it from them.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray.init(address=args.address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
+    try:
+        ray.init(address=args.address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        parser.error(f"there is no Ray cluster at {args.address}: {error}")
     console = Console()
     try:
         sweep = Sweep(specs, args.gpus_per_run, args.cpus_per_run)
-        with Live(sweep.table(), console=console, auto_refresh=False, transient=True) as live:
-            while sweep.pending():
-                for line in sweep.wait(_REFRESH):
-                    console.print(line, highlight=False, soft_wrap=True)
-                live.update(sweep.table(most_rows=console.height - 5), refresh=console.is_terminal)
+        reason = sweep.unplaceable()
+        if reason is not None and args.address == "local":
+            parser.error(f"{reason}: ask for less")
+        if reason is not None:
+            print(f"{reason}: it waits for one", file=sys.stderr)
+        if not args.gpus_per_run and ray.cluster_resources().get("GPU"):
+            print("note: without --gpus_per_run all runs are on a node's first GPU", file=sys.stderr)
+        number = carry_on(sweep, console)
         console.print(sweep.table())
     finally:
         ray.shutdown()
     for line in sweep.report():
         print(line, file=sys.stderr)
+    if number is not None:
+        print(f"{parser.prog}: stopped by {signal.Signals(number).name}: the same command goes on", file=sys.stderr)
+        return 128 + number
     return 1 if sweep.failed else 0
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,7 +16,7 @@ import pytest
 import ray
 from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 from ray.cluster_utils import Cluster
-from test_resume import outcome
+from test_resume import assert_gone, outcome
 
 import sweep
 import train
@@ -23,7 +26,7 @@ TINY = (
     "--image_size 16 --num_layers 2 --num_filters 4 --hidden_dim 16 --batch_size 8 --init_steps 40 --action_repeat 50 "
     "--num_train_steps 100 --eval_freq 60 --num_eval_episodes 2 --eval_workers 1 --device cpu"
 ).split()
-LONGER = [*TINY, "--num_train_steps", "1000", "--eval_freq", "400"]
+LONGER = [*TINY, "--num_train_steps", "1200", "--eval_freq", "600"]
 TWO = ["--tasks", "cartpole_swingup", "--methods", "sac_state", "--seeds", "2"]
 
 
@@ -39,12 +42,27 @@ def test_published_tasks():
     assert walker.resume
 
 
+def test_flags_after_the_dashes():
+    """As many decisions as the budget has at the repeat in force; what is named twice runs once."""
+    flags = ["--tasks", "walker_walk,walker_walk", "--cpus_per_run", "3.5", "--", "--action_repeat", "4"]
+    (spec,) = sweep.make_specs(sweep.make_parser().parse_args(flags))
+    assert (spec.args.action_repeat, spec.args.num_train_steps, spec.args.eval_workers) == (4, 125_000, 3)
+    flags += ["--num_train_steps=100", "--eval_workers", "7"]
+    (spec,) = sweep.make_specs(sweep.make_parser().parse_args(flags))
+    assert (spec.args.num_train_steps, spec.args.eval_workers) == (100, 7)
+
+
 @pytest.mark.parametrize(("flags", "words"), [
     (["--tasks", "cartpole_fly"], "there is no task or method cartpole_fly"),
     (["--methods", "ppo"], "there is no task or method ppo"),
     (["--seeds", "0"], "must be at least 1"),
     (["--", "--hidden_dim", "none"], "invalid int value"),
     (["--", "--image_size", "85"], "image sides must be even"),
+    (["--", "--seed=7", "--work_dir", "x"], "--seed, --work_dir after --"),
+    (["--gpus_per_run", "1.5"], "a fraction or a whole number"),
+    (["--cpus_per_run", "0"], "must be above 0"),
+    (["--cpus_per_run", "1000"], "no node has the 1000 cores, 0 GPUs and 3.3 GB of memory"),
+    (["--address", "auto"], "there is no Ray cluster at auto"),
 ])  # fmt: skip
 def test_bad_input(tmp_path, capsys, flags, words):
     with pytest.raises(SystemExit) as exit_:
@@ -60,14 +78,13 @@ def test_dry_run(tmp_path, capsys):
     assert sweep.main(["--work_dir", str(tmp_path / "sweep"), "--dry_run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6
-    assert lines[0].startswith("cartpole_swingup-sac_ae-1: 1.35 GB, python train.py --domain_name cartpole")
+    assert lines[0].startswith("cartpole_swingup-sac_ae-1: about 3.3 GB, python train.py --domain_name cartpole")
     assert not (tmp_path / "sweep").exists()
 
 
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch):
     monkeypatch.setattr(sweep, "_PAUSE", 0.1)
-    monkeypatch.setattr(sweep, "_REFRESH", 0.2)
 
 
 def test_a_sweep(tmp_path, capsys, monkeypatch):
@@ -96,7 +113,50 @@ def test_a_sweep(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sweep.carry_out, "options", lambda **_: pytest.fail("something was started"))
     assert sweep.main(command) == 0
     assert "2 of 2 runs have ended" in capsys.readouterr().out
+    short = ["--work_dir", str(folder), *TWO, "--", "--num_train_steps", "100"]
+    assert [spec.args.hidden_dim for spec in sweep.make_specs(sweep.make_parser().parse_args(short))] == [16, 16]
+    assert sweep.main([*short, "--hidden_dim", "32"]) == 1
+    output = capsys.readouterr()
+    assert "0 of 2 runs have ended, 0 are running, 2 failed" in output.out
+    assert "holds a run with other flags (--action_repeat 50 is now 8, --hidden_dim 16 is now 32)" in output.err
     assert not ray.is_initialized()
+
+
+def test_a_folder_that_cannot_be_one(tmp_path, capsys):
+    folder = tmp_path / "sweep"
+    folder.mkdir()
+    (folder / "cartpole_swingup-sac_state-1").write_text("a file")
+    assert sweep.main(["--work_dir", str(folder), *TWO, "--", *TINY]) == 1
+    output = capsys.readouterr()
+    assert "1 of 2 runs have ended" in output.out
+    assert "cartpole_swingup-sac_state-1 failed with FileExistsError" in output.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopping_a_sweep(tmp_path, number):
+    """The runs write checkpoints, and nothing is left behind."""
+    folders = [tmp_path / f"cartpole_swingup-sac_state-{seed}" for seed in (1, 2)]
+    command = ["sweep.py", "--work_dir", str(tmp_path), *TWO, "--", *TINY, "--num_train_steps", "100000"]
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=sweep.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: all((folder / "train.log").exists() for folder in folders))
+    others = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 128 + number
+    assert "stopping: the runs write checkpoints" in out
+    assert err == f"sweep.py: stopped by {number.name}: the same command goes on\n"
+    assert all(Checkpoint(folder / "checkpoint").step() >= 20 for folder in folders)
+    assert all("stopped by SIGTERM at step" in (folder / "output.log").read_text() for folder in folders)
+    assert_gone(others)
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 100
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_losing_a_node(tmp_path, capsys):
@@ -131,8 +191,9 @@ def test_losing_a_node(tmp_path, capsys):
 
 def lose(cluster, node):
     """Takes the node from the cluster when both its runs have a checkpoint."""
+    deadline = time.monotonic() + 200
     raylet = psutil.Process(node.all_processes[PROCESS_TYPE_RAYLET][0].process.pid)
-    deadline, saved = time.monotonic() + 100, set()
+    saved = set()
     while len(saved) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
         for process in raylet.children(recursive=True):
