@@ -27,8 +27,18 @@ METHODS = {
     ("pixel", "identity"): "SAC:pixel",
     ("identity", "identity"): "SAC:state",
 }
-# Colours that colour-blind readers tell apart (Okabe and Ito), lines that a black-and-white print does.
-STYLES = {"SAC+AE:pixel": ("#0072B2", "-"), "SAC:pixel": ("#D55E00", "-."), "SAC:state": ("#009E73", ":")}
+# Colours that colour-blind readers tell apart (Okabe and Ito), lines and dots that a black-and-white print does.
+STYLES = {
+    "SAC+AE:pixel": ("#0072B2", "-", "o"),
+    "SAC:pixel": ("#D55E00", "-.", "^"),
+    "SAC:state": ("#009E73", ":", "s"),
+}
+# Flags whose values may differ among runs that are averaged.
+FREE = {
+    *("seed", "work_dir", "resume", "overwrite", "device", "num_train_steps", "replay_device", "cuda_graph", "compile"),
+    *("checkpoint_minutes", "checkpoint_freq", "eval_freq", "eval_workers", "num_eval_episodes"),
+    *("save_tb", "save_model", "save_buffer", "save_video"),
+}
 RESAMPLES = 10_000
 
 
@@ -42,6 +52,7 @@ class Run(NamedTuple):
     steps: np.ndarray  # environment steps, rising
     returns: np.ndarray
     interval: int  # environment steps between evaluations, at least
+    flags: dict[str, Any]
 
 
 class Score(NamedTuple):
@@ -65,33 +76,63 @@ class Estimate(NamedTuple):
 
 def find_runs(folders: Iterable[Path]) -> Iterator[Run]:
     """The runs in the folders and below them; what cannot be read is said in a line on stderr, and left out."""
+    found: set[Path] = set()
     for folder in folders:
         paths = sorted(path.parent for path in folder.rglob("args.json"))
         if not paths:
             print(f"{folder}: no run there, nothing with an args.json", file=sys.stderr)
         for path in paths:
+            if path.resolve() in found:
+                continue
+            found.add(path.resolve())
             try:
                 yield read_run(path)
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 reason = error.strerror if isinstance(error, OSError) else error
                 print(f"{path} is left out, its args.json or eval.log cannot be read: {reason}", file=sys.stderr)
 
 
 def read_run(folder: Path) -> Run:
-    """A run's evaluations.
+    """A run's evaluations. A last line without its end, which is just being written, is none yet.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError: the files are missing or damaged.
+        OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError: the files are missing or damaged.
     """
     args = json.loads((folder / "args.json").read_text())
-    records = [json.loads(line) for line in (folder / "eval.log").read_text().splitlines()]
-    steps = np.array([record["environment_steps"] for record in records], dtype=np.float64)
-    returns = np.array([record["episode_reward"] for record in records], dtype=np.float64)
+    lines = (folder / "eval.log").read_text().splitlines(keepends=True)
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    steps = np.array([float(record["environment_steps"]) for record in records])
+    returns = np.array([float(record["episode_reward"]) for record in records])
     if not len(steps) or (np.diff(steps) <= 0).any():
         raise ValueError("its evaluations are none, or out of order")
+    if not (np.isfinite(steps).all() and np.isfinite(returns).all()):
+        raise ValueError("its steps or returns are no numbers")
     task = f"{args['domain_name']}_{args['task_name']}"
     method = METHODS[args["encoder_type"], args["decoder_type"]]
-    return Run(folder, task, method, args["seed"], steps, returns, args["eval_freq"] * args["action_repeat"])
+    interval = int(args["eval_freq"]) * int(args["action_repeat"])
+    return Run(folder, task, method, int(args["seed"]), steps, returns, interval, args)
+
+
+def doubts(runs: Sequence[Run]) -> list[str]:
+    """A line for each method and task whose runs are averaged though they have other flags, or the same seed."""
+    lines = []
+    for (method, task), group in grouped(runs).items():
+        names = sorted({name for run in group for name in run.flags} - FREE)
+        differ = [name for name in names if len({str(run.flags.get(name)) for run in group}) > 1]
+        about = f"the runs of {method} on {task} are averaged though"
+        if differ:
+            lines.append(f"note: {about} they differ in {', '.join(differ)}")
+        if len({run.seed for run in group}) < len(group):
+            lines.append(f"note: {about} some have the same seed")
+    return lines
+
+
+def grouped(runs: Sequence[Run]) -> dict[tuple[str, str], list[Run]]:
+    """Runs by method and task."""
+    groups: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[run.method, run.task].append(run)
+    return dict(sorted(groups.items()))
 
 
 def read_published(path: Path) -> list[Score]:
@@ -135,7 +176,11 @@ def interquartile_mean_estimate(values: Sequence[np.ndarray]) -> Estimate:
 
 
 def curve(runs: Sequence[Run]) -> tuple[np.ndarray, list[Estimate]]:
-    """Environment steps up to where the shortest run ends, and the mean over the runs, between evaluations a line."""
+    """Environment steps up to where the shortest run ends, and the mean over the runs, between evaluations a line.
+
+    Runs that are not half as far as the longest are left out: one that has just begun would leave nothing of the rest.
+    """
+    runs = [run for run in runs if run.steps[-1] >= max(run.steps[-1] for run in runs) / 2]
     end = min(run.steps[-1] for run in runs)
     grid = np.unique(np.concatenate([run.steps for run in runs]))
     grid = grid[(grid <= end) & (grid >= max(run.steps[0] for run in runs))]
@@ -177,7 +222,8 @@ def draw(runs: Sequence[Run], published: Sequence[Score]) -> Any:
         axis.set_title(task.replace("_", " "))
         axis.set_xlabel("environment steps")
         axis.set_ylabel("return")
-        axis.set_ylim(-20, 1020)
+        if all((run.returns >= 0).all() for run in runs if run.task == task):  # as in all tasks of the paper
+            axis.set_ylim(-20, 1020)
         axis.set_xlim(left=0)
         axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))  # 100k, 1M
         axis.grid(alpha=0.3)
@@ -190,42 +236,42 @@ def draw(runs: Sequence[Run], published: Sequence[Score]) -> Any:
 
 def draw_task(axis: Any, runs: Sequence[Run], published: Sequence[Score]) -> None:
     """One panel."""
-    for method, (colour, line) in STYLES.items():
+    for index, (method, (colour, line, marker)) in enumerate(STYLES.items()):
         mine = [run for run in runs if run.method == method]
         if not mine:
             continue
         for run in mine:
             axis.plot(run.steps, run.returns, color=colour, alpha=0.25, linewidth=0.8)
         grid, means = curve(mine)
+        values, lows, highs = np.array(means).T
         label = f"{method}, here (mean, 95 %)"
-        axis.plot(grid, [mean.value for mean in means], line, marker=".", markersize=3, color=colour, label=label)
-        axis.fill_between(
-            grid, [mean.low for mean in means], [mean.high for mean in means], color=colour, alpha=0.2, linewidth=0
-        )
+        axis.plot(grid, values, line, marker=marker, markersize=3, color=colour, label=label)
+        axis.fill_between(grid, lows, highs, color=colour, alpha=0.2, linewidth=0)
         end = max(run.steps[-1] for run in mine)
-        read_off = [score for score in published if score.method == method and "figure" in score.source]
-        shown = [score for score in read_off if score.steps <= 1.5 * end] or read_off[:1]
-        if shown:
+        scores = [score for score in published if score.method == method and score.steps <= 1.25 * end]
+        read_off = [score for score in scores if "figure" in score.source]
+        if read_off:
             axis.plot(
-                [score.steps for score in shown],
-                [score.mean for score in shown],
-                "o--",
+                [score.steps for score in read_off],
+                [score.mean for score in read_off],
+                "--",
+                marker=marker,
                 color=colour,
-                markersize=3,
+                markersize=4,
                 markerfacecolor="white",
                 linewidth=0.8,
                 label=f"{method}, published figure",
             )
         for budget in BUDGETS:
-            score = published_score(published, mine[0].task, method, budget)
-            if score is not None and budget <= 1.5 * end:
+            score = published_score(scores, mine[0].task, method, budget)
+            if score is not None:
                 axis.errorbar(
-                    budget,
+                    budget + 0.01 * end * index,  # beside those of other methods
                     score.mean,
                     yerr=score.std,
-                    fmt="s",
+                    fmt=marker,
                     color=colour,
-                    markersize=4,
+                    markersize=6,
                     capsize=3,
                     markeredgecolor="black",
                     label=f"{method}, DrQ paper's table",
@@ -234,19 +280,17 @@ def draw_task(axis: Any, runs: Sequence[Run], published: Sequence[Score]) -> Non
 
 def table(runs: Sequence[Run], published: Sequence[Score]) -> list[dict[str, str]]:
     """Rows of returns at the budgets: ours with seeds and interval, published; then over all tasks of a method."""
-    groups: dict[tuple[str, str], list[Run]] = defaultdict(list)
-    for run in runs:
-        groups[run.method, run.task].append(run)
     rows = []
     for budget in BUDGETS:
         by_method: dict[str, list[np.ndarray]] = defaultdict(list)
-        for (method, task), group in sorted(groups.items()):
+        for (method, task), group in grouped(runs).items():
             scores = [score for run in group if (score := score_at(run, budget)) is not None]
             if scores:
                 by_method[method].append(np.array(scores))
             rows.append(row(method, task, budget, scores, published_score(published, task, method, budget)))
         for method, values in by_method.items():
-            if len(values) == 1:
+            # With fewer scores there are no outer quarters; with uneven ones a task would count more than another.
+            if len(values) == 1 or sum(map(len, values)) < 4 or len(set(map(len, values))) > 1:
                 continue
             estimate = interquartile_mean_estimate(values)
             interval = between(estimate) if min(map(len, values)) > 1 else ""
@@ -268,7 +312,7 @@ def row(method: str, task: str, budget: int, scores: Sequence[float], published:
         "task": task,
         "environment steps": f"{budget}",
         "seeds": f"{len(scores)}",
-        "return": "not run" if estimate is None else f"{estimate.value:.1f}",
+        "return": "not reached" if estimate is None else f"{estimate.value:.1f}",
         "deviation": f"{np.std(scores, ddof=1):.1f}" if len(scores) > 1 else "",
         "95 %": between(estimate) if estimate is not None and len(scores) > 1 else "",
         "published": text,
@@ -320,12 +364,17 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         published = read_published(args.published)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         parser.error(f"{args.published} cannot be read as published scores: {error}")
     runs = list(find_runs(args.folders))
     if not runs:
         parser.error("there is no run to draw")
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {args.out} cannot be made: {error.strerror}")
+    for line in doubts(runs):
+        print(line, file=sys.stderr)
     figure = draw(runs, published)
     for kind in ("png", "svg"):
         figure.savefig(args.out / f"curves.{kind}", dpi=150)

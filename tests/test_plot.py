@@ -47,7 +47,7 @@ def test_table(tmp_path, capsys):
     assert (row["seeds"], row["return"], row["deviation"]) == ("2", "200.0", "141.4")
     assert row["95 %"] == "100.0 to 300.0"
     assert row["published"] == "240 ± 38"
-    assert rows["SAC+AE:pixel", "cheetah_run", "500000"]["return"] == "not run"
+    assert rows["SAC+AE:pixel", "cheetah_run", "500000"]["return"] == "not reached"
     assert rows["SAC:state", "cheetah_run", "100000"]["seeds"] == "1"
     assert rows["SAC:state", "cheetah_run", "100000"]["95 %"] == ""
     with (out / "evaluations.csv").open(newline="") as file:
@@ -80,7 +80,7 @@ def test_interquartile_mean_leaves_out_the_outer_quarters_and_keeps_tasks_apart(
 
 def test_curve_of_runs_of_different_lengths_and_grids(tmp_path):
     runs = [
-        plot.read_run(make_run(tmp_path / "a", [0, 100, 200, 300])),
+        plot.read_run(make_run(tmp_path / "a", [0, 100, 200])),
         plot.read_run(make_run(tmp_path / "b", [100, 200, 300], seed=2, every=5000)),
     ]
     grid, means = plot.curve(runs)
@@ -88,6 +88,47 @@ def test_curve_of_runs_of_different_lengths_and_grids(tmp_path):
     assert [mean.value for mean in means] == [50, 125, 200]
     assert means[0].low == 0
     assert means[0].high == 100
+    # One that has just begun leaves the others' mean as it is.
+    runs.append(plot.read_run(make_run(tmp_path / "c", [1000], seed=3)))
+    assert [mean.value for mean in plot.curve(runs)[1]] == [50, 125, 200]
+
+
+def test_a_line_that_is_being_written_is_none_yet(tmp_path):
+    folder = make_run(tmp_path / "a", [0, 100])
+    with (folder / "eval.log").open("a") as file:
+        file.write('{"episode_rew')
+    assert plot.read_run(folder).returns.tolist() == [0, 100]
+
+
+def test_doubts(tmp_path, capsys):
+    """A run that is found twice counts once; other settings and equal seeds are told."""
+    runs = [make_run(tmp_path / "runs" / "a", [0, 10, 100]), make_run(tmp_path / "runs" / "b", [0, 10, 300], seed=2)]
+    assert plot.main([*map(str, runs), str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    assert rows_of(tmp_path / "out")[0]["seeds"] == "2"
+    assert capsys.readouterr().err == ""
+    make_run(tmp_path / "runs" / "c", [0, 10, 100], seed=2, repeat=8)
+    assert plot.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err == (
+        "note: the runs of SAC+AE:pixel on cheetah_run are averaged though they differ in action_repeat\n"
+        "note: the runs of SAC+AE:pixel on cheetah_run are averaged though some have the same seed\n"
+    )
+
+
+def test_interquartile_mean_stands_in_the_table_where_it_is_one(tmp_path):
+    """From four scores on, as many of each task."""
+    for task in (("cheetah", "run"), ("walker", "walk")):
+        make_run(tmp_path / "runs" / f"{task[0]}1", [0, 10, 100], task=task)
+    assert plot.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    assert not any("interquartile" in row["task"] for row in rows_of(tmp_path / "out"))
+    make_run(tmp_path / "runs" / "cheetah2", [0, 10, 500], seed=2)
+    make_run(tmp_path / "runs" / "cheetah3", [0, 10, 500], seed=3)
+    assert plot.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    assert not any("interquartile" in row["task"] for row in rows_of(tmp_path / "out"))
+    for seed in (2, 3):
+        make_run(tmp_path / "runs" / f"walker{seed}", [0, 10, 400], task=("walker", "walk"), seed=seed)
+    assert plot.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    (row,) = [row for row in rows_of(tmp_path / "out") if "interquartile" in row["task"]]
+    assert (row["seeds"], row["return"]) == ("6", "350.0")
 
 
 DAMAGES = {
@@ -100,6 +141,15 @@ DAMAGES = {
     "order": lambda folder: (folder / "eval.log").write_text(
         "".join(f'{{"episode_reward": 1, "environment_steps": {step}}}\n' for step in (0, 8, 4))
     ),
+    "no return": lambda folder: (folder / "eval.log").write_text('{"episode_reward": NaN, "environment_steps": 0}\n'),
+    "no steps": lambda folder: (folder / "eval.log").write_text(
+        '{"episode_reward": 1, "environment_steps": Infinity}\n'
+    ),
+    "huge": lambda folder: (folder / "eval.log").write_text(
+        f'{{"episode_reward": 1{"0" * 400}, "environment_steps": 0}}\n'
+    ),
+    "deep": lambda folder: (folder / "eval.log").write_text("[" * 100_000 + "\n"),
+    "lists": lambda folder: (folder / "eval.log").write_text('{"episode_reward": [1], "environment_steps": 0}\n'),
     "args": lambda folder: (folder / "args.json").write_text("{"),
     "other args": lambda folder: (folder / "args.json").write_text("{}"),
 }
@@ -124,6 +174,9 @@ def test_nothing_to_draw(tmp_path, capsys):
     assert exit_.value.code == 2
     assert "there is no run to draw" in capsys.readouterr().err
     make_run(tmp_path / "runs", [0, 1])
+    with pytest.raises(SystemExit):
+        plot.main([str(tmp_path), "--out", str(tmp_path / "runs" / "eval.log")])
+    assert "cannot be made: File exists" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         plot.main([str(tmp_path), "--published", str(tmp_path / "runs" / "eval.log")])
     assert "cannot be read as published scores" in capsys.readouterr().err
