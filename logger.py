@@ -107,7 +107,9 @@ class Logger:
             self._writer = SummaryWriter(str(self._log_dir / "tb"), purge_step=purge_step)
 
     def log(self, key: str, value: float | Tensor, step: int, n: int = 1) -> None:
-        """Takes a number or a scalar tensor, the sum of `n` values; nothing is fetched or written before `dump`.
+        """Takes a number or a scalar tensor, the sum of `n` values.
+
+        Nothing is fetched from a GPU or written before `dump`.
 
         Raises:
             ValueError: the key belongs to no section.
