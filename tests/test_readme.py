@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -24,3 +25,14 @@ def test_figures_are_those_of_the_bench():
     for page in ("README.md", "results/bench_cpu.md"):
         text = (ROOT / page).read_text()
         assert [figure for figure in figures if figure not in text] == []
+
+
+def test_results_are_those_of_the_table():
+    """Every score of the figure's table stands in the README, with its seeds and beside what was published."""
+    text = (ROOT / "README.md").read_text()
+    with (ROOT / "results" / "figure" / "scores.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["return"] != "not reached"]
+    assert rows
+    for row in rows:
+        cells = [row["method"], row["task"].replace("_", " "), row["environment steps"], row["seeds"], row["return"]]
+        assert f"| {' | '.join(cells)} | {row['published']}" in text
