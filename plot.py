@@ -119,12 +119,17 @@ def doubts(runs: Sequence[Run]) -> list[str]:
     lines = []
     for (method, task), group in grouped(runs).items():
         names = sorted({name for run in group for name in run.flags} - FREE)
-        differ = [name for name in names if len({str(run.flags.get(name)) for run in group}) > 1]
+        differ = [name for name in names if len({str(run.flags[name]) for run in group if name in run.flags}) > 1]
         about = f"the runs of {method} on {task} are averaged though"
         if differ:
             lines.append(f"note: {about} they differ in {', '.join(differ)}")
         if len({run.seed for run in group}) < len(group):
             lines.append(f"note: {about} some have the same seed")
+        lines += [
+            f"note: {run.folder} is not in the curve of the mean: it is not half as far as the longest run"
+            for run in group
+            if run.folder not in {each.folder for each in far(group)}
+        ]
     return lines
 
 
@@ -176,25 +181,30 @@ def interquartile_mean_estimate(values: Sequence[np.ndarray]) -> Estimate:
     return Estimate(float(stats.trim_mean(np.concatenate(values), 0.25)), float(low), float(high))
 
 
+def far(runs: Sequence[Run]) -> list[Run]:
+    """Those at least half as far as the longest: of one that has just begun, a mean would be as short as it is."""
+    return [run for run in runs if run.steps[-1] >= max(run.steps[-1] for run in runs) / 2]
+
+
 def curve(runs: Sequence[Run]) -> tuple[np.ndarray, list[Estimate]]:
     """Environment steps up to where the shortest run ends, and the mean over the runs, between evaluations a line.
 
-    Runs that are not half as far as the longest are left out: one that has just begun would leave nothing of the rest.
+    Only of runs that are `far`.
     """
-    runs = [run for run in runs if run.steps[-1] >= max(run.steps[-1] for run in runs) / 2]
+    runs = far(runs)
     end = min(run.steps[-1] for run in runs)
     grid = np.unique(np.concatenate([run.steps for run in runs]))
-    grid = grid[(grid <= end) & (grid >= max(run.steps[0] for run in runs))]
+    grid = grid[(grid <= end) & (grid >= min(end, max(run.steps[0] for run in runs)))]
     values = np.stack([np.interp(grid, run.steps, run.returns) for run in runs])
     return grid, [mean_estimate(column) for column in values.T]
 
 
 def score_at(run: Run, budget: int) -> float | None:
-    """The last evaluation within a budget of environment steps; None if the run has not spent it.
+    """The last evaluation within a budget of environment steps; None if a later one could come within it.
 
     As the DrQ paper reads scores (arXiv 2004.13649): where evaluations come every 80k steps, 500k means 480k.
     """
-    within = run.returns[run.steps <= budget]
+    within = run.returns[(run.steps <= budget) & (run.steps > 0)]
     if not len(within) or run.steps[-1] + run.interval <= budget:
         return None
     return float(within[-1])

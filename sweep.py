@@ -81,7 +81,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--work_dir", default="./sweep", help="folder of the runs' folders, seen by all nodes")
     parser.add_argument("--address", default="local", help="of a Ray cluster, or auto for the one this machine is in")
     parser.add_argument("--gpus_per_run", type=train.WEIGHT, default=0.0, help="a fraction packs runs on a GPU")
-    parser.add_argument("--cpus_per_run", type=train.RATE, default=1.0, help="cores that a run asks for")
+    parser.add_argument(
+        "--cpus_per_run", type=train.number(float, 0.0001), default=1.0, help="cores that a run asks for"
+    )
+    parser.add_argument("--memory_per_run", type=train.RATE, help="GB that a run asks for; None estimates them")
     parser.add_argument("--dry_run", action="store_true", help="only print the runs and their memory")
     parser.add_argument("flags", nargs="*", help=argparse.SUPPRESS)
     return parser
@@ -134,15 +137,20 @@ def flags_in_force(flags: list[str]) -> argparse.Namespace:
 
 
 def memory(args: argparse.Namespace) -> int:
-    """Bytes that a run takes in all, roughly: its replay and 2 GB for updates and evaluations; 1 GB for states."""
+    """Bytes of host memory that a run takes, roughly: its replay and 2 GB for all else; 1 GB if it is on states."""
     pixels = args.encoder_type == "pixel"
+    if pixels and args.replay_device == "cuda":
+        return int(2e9)
     # The shape of states is not known before the task is made.
     obs_shape = (3 * args.frame_stack, args.image_size, args.image_size) if pixels else (100,)
     return replay_bytes(obs_shape, (6,), train.replay_capacity(args)) + int(2e9 if pixels else 1e9)
 
 
-def state_of(spec: Spec) -> State:
-    """What the run's logs and checkpoint say; of what is not there yet, damaged or being written, nothing."""
+def state_of(spec: Spec, before: State | None = None) -> State:
+    """What the run's logs and checkpoint say; of what is not there yet, damaged or being written, nothing.
+
+    With the state before, only the logs are read: the checkpoint takes longer.
+    """
     steps, speeds, returns = [0], [0.0], [math.nan]
     for name in ("train", "eval"):
         with suppress(OSError, ValueError, IndexError, KeyError, TypeError):
@@ -152,11 +160,12 @@ def state_of(spec: Spec) -> State:
                 speeds.append(float(record["decisions_per_second"]))
             else:
                 returns.append(float(record["episode_reward"]))
-    saved, ended = 0, False
-    with suppress(OSError, ValueError):
-        checkpoint = Checkpoint(spec.work_dir / "checkpoint")
-        if checkpoint.exists():
-            saved, ended = checkpoint.step(), checkpoint.ended(spec.args.num_train_steps)
+    saved, ended = (0, False) if before is None else (before.saved, before.ended)
+    if before is None:
+        with suppress(OSError, ValueError):
+            checkpoint = Checkpoint(spec.work_dir / "checkpoint")
+            if checkpoint.exists():
+                saved, ended = checkpoint.step(), checkpoint.ended(spec.args.num_train_steps)
     return State(max(*steps, saved), speeds[-1], returns[-1], saved, ended)
 
 
@@ -182,7 +191,8 @@ def carry_out(flags: list[str], work_dir: Path, pause: float) -> int:
 
     If this task is cancelled, train.py is told to stop, and writes a checkpoint.
     """
-    time.sleep(pause)
+    for _ in range(round(10 * pause)):  # neither this sleep nor the one below would hear of a cancellation
+        time.sleep(0.1)
     work_dir.mkdir(parents=True, exist_ok=True)
     libc = ctypes.CDLL(None)
 
@@ -201,7 +211,7 @@ def carry_out(flags: list[str], work_dir: Path, pause: float) -> int:
         )
         try:
             while process.poll() is None:
-                time.sleep(0.1)  # a wait without end would not hear of a cancellation
+                time.sleep(0.1)
         finally:
             process.terminate()
             process.wait()
@@ -220,26 +230,31 @@ def node_with(request: dict[str, float]) -> bool:
 class Sweep:
     """Runs on their way."""
 
-    def __init__(self, specs: Sequence[Spec], num_gpus: float, num_cpus: float):
+    def __init__(self, specs: Sequence[Spec], num_gpus: float, num_cpus: float, memory_gb: float | None):
         self.specs = list(specs)
         self.states = {spec.name: state_of(spec) for spec in specs}
         self.failed: dict[str, str] = {}  # why
         self._shares = {"num_gpus": num_gpus, "num_cpus": num_cpus}
+        self._memory = {spec.name: int(memory_gb * 1e9) if memory_gb else memory(spec.args) for spec in specs}
         self._pending: dict[Any, Spec] = {}
         self._stops: dict[str, list[bool]] = {spec.name: [] for spec in specs}  # in vain; whether a node died
         self._begun: dict[str, tuple[int, int]] = {}  # bytes of output and decisions saved before the attempt
+        self._waiting = [spec for spec in specs if not self.states[spec.name].ended]
         for spec in specs:
-            if not self.states[spec.name].ended:
-                self._submit(spec)
-            else:
+            if self.states[spec.name].ended:
                 try:
                     train.check_resumed(spec.args)
                 except ValueError as error:
                     self.failed[spec.name] = str(error)
 
+    def start(self) -> None:
+        """Hands the runs that have not ended to Ray."""
+        for spec in self._waiting:
+            self._submit(spec)
+
     def _submit(self, spec: Spec) -> None:
         self._begun[spec.name] = (output_bytes(spec), self.states[spec.name].saved)
-        options = carry_out.options(**self._shares, memory=memory(spec.args))
+        options = carry_out.options(**self._shares, memory=self._memory[spec.name])
         pause = _PAUSE * len(self._stops[spec.name])
         self._pending[options.remote(spec.flags, spec.work_dir, pause)] = spec
 
@@ -250,7 +265,7 @@ class Sweep:
         running = self.running()
         for spec in self._pending.values():
             if spec.name in running:
-                self.states[spec.name] = state_of(spec)
+                self.states[spec.name] = state_of(spec, before=self.states[spec.name])
         return lines
 
     def _end(self, spec: Spec, task: Any) -> str:
@@ -262,8 +277,10 @@ class Sweep:
             last = status == 0
         except ray.exceptions.NodeDiedError:
             reason, died = "its node's death", True
-        except ray.exceptions.RayError as error:
+        except ray.exceptions.RayTaskError as error:
             reason = str(error).strip().splitlines()[-1]
+        except ray.exceptions.RayError as error:
+            reason = type(error).__name__
         state = self.states[name] = state_of(spec)
         stops = self._stops[name]
         if state.ended:
@@ -284,19 +301,25 @@ class Sweep:
         """Whether there is more to wait for."""
         return bool(self._pending)
 
-    def stop(self) -> None:
-        """Has the runs write checkpoints and end."""
+    def stop(self) -> list[str]:
+        """Has the runs write checkpoints and end; a line for each that did not."""
         for task in self._pending:
             ray.cancel(task)
-        ray.wait(list(self._pending), num_returns=len(self._pending), timeout=_GRACE)
+        _, late = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=_GRACE)
+        for spec in self._pending.values():
+            self.states[spec.name] = state_of(spec)
+        lines = [f"{self._pending[task].name} is ended without a checkpoint: it takes too long" for task in late]
+        self._pending = {}
+        return lines
 
     def unplaceable(self) -> str | None:
-        """Why the runs that wait will wait for ever, unless the cluster grows; None if they will not."""
+        """Why a run will wait for ever, unless the cluster grows; None if none will."""
         shares = {"GPU": self._shares["num_gpus"], "CPU": self._shares["num_cpus"]}
-        for spec in self._pending.values():
-            if not node_with(shares | {"memory": memory(spec.args)}):
-                asked = f"{shares['CPU']:g} cores, {shares['GPU']:g} GPUs and {memory(spec.args) / 1e9:.1f} GB"
-                return f"no node has the {asked} of memory that {spec.name} asks for"
+        for spec in self._waiting:
+            size = self._memory[spec.name]
+            if not node_with(shares | {"memory": size}):
+                asked = f"{shares['CPU']:g} cores, {shares['GPU']:g} GPUs and {size / 1e9:.1f} GB of memory"
+                return f"no node has the {asked} that {spec.name} asks for"
         return None
 
     def running(self) -> set[str]:
@@ -335,7 +358,8 @@ class Sweep:
         lines = []
         for spec in self.specs:
             if spec.name in self.failed:
-                lines += [f"{spec.name} failed with {self.failed[spec.name]}; its last lines:", *output_end(spec)]
+                line = f"{spec.name} failed with {self.failed[spec.name]}"
+                lines += [f"{line}; its last lines:", *output_end(spec)] if spec.name in self._begun else [line]
         return lines
 
 
@@ -346,10 +370,11 @@ def told_to_stop() -> Iterator[list[int]]:
 
     def ask(number: int, _frame: Any) -> None:
         asked.append(number)
-        for each in before:
+        for each in numbers:
             signal.signal(each, signal.SIG_DFL)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [each for each in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(each) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield asked
     finally:
@@ -360,18 +385,20 @@ def told_to_stop() -> Iterator[list[int]]:
 def carry_on(sweep: Sweep, console: Console) -> int | None:
     """Waits for the runs, telling how far they are; the signal that broke it off, or None."""
     reported = time.monotonic()
-    with told_to_stop() as asked, Live(console=console, auto_refresh=False, transient=True) as live:
-        while sweep.pending() and not asked:
-            for line in sweep.wait(_REFRESH):
-                console.print(line, highlight=False, soft_wrap=True)
-            if console.is_terminal:
-                live.update(sweep.table(most_rows=console.height - 5), refresh=True)
-            elif time.monotonic() - reported > _REPORT:
-                console.print(sweep.table())
-                reported = time.monotonic()
+    with told_to_stop() as asked:
+        with Live(console=console, auto_refresh=False, transient=True) as live:
+            while sweep.pending() and not asked:
+                for line in sweep.wait(_REFRESH):
+                    console.print(line, highlight=False, soft_wrap=True)
+                if console.is_terminal:
+                    live.update(sweep.table(most_rows=console.height - 5), refresh=True)
+                elif time.monotonic() - reported > _REPORT:
+                    console.print(sweep.table())
+                    reported = time.monotonic()
         if asked:
             console.print("stopping: the runs write checkpoints")
-            sweep.stop()
+            for line in sweep.stop():
+                console.print(line, highlight=False, soft_wrap=True)
     return asked[0] if asked else None
 
 
@@ -387,20 +414,29 @@ def main(argv: list[str] | None = None) -> int:
         for spec in specs:
             print(f"{spec.name}: about {memory(spec.args) / 1e9:.1f} GB, python train.py {shlex.join(spec.flags)}")
         return 0
+    local = args.address == "local"
     try:
-        ray.init(address=args.address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
+        ray.init(
+            address=args.address,
+            log_to_driver=False,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            # Nothing goes through Ray's store of objects, which would take a third of the memory.
+            object_store_memory=100_000_000 if local else None,
+        )
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        parser.error(f"there is no Ray cluster at {args.address}: {error}")
+        parser.error(f"Ray does not start: {error}" if local else f"there is no Ray cluster at {args.address}: {error}")
     console = Console()
     try:
-        sweep = Sweep(specs, args.gpus_per_run, args.cpus_per_run)
+        sweep = Sweep(specs, args.gpus_per_run, args.cpus_per_run, args.memory_per_run)
         reason = sweep.unplaceable()
-        if reason is not None and args.address == "local":
+        if reason is not None and local:
             parser.error(f"{reason}: ask for less")
         if reason is not None:
             print(f"{reason}: it waits for one", file=sys.stderr)
         if not args.gpus_per_run and ray.cluster_resources().get("GPU"):
             print("note: without --gpus_per_run all runs are on a node's first GPU", file=sys.stderr)
+        sweep.start()
         number = carry_on(sweep, console)
         console.print(sweep.table())
     finally:

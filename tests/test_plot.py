@@ -90,6 +90,8 @@ def test_curve_of_runs_of_different_lengths_and_grids(tmp_path):
     assert means[0].high == 100
     # One that has just begun leaves the others' mean as it is.
     runs.append(plot.read_run(make_run(tmp_path / "c", [1000], seed=3)))
+    (line,) = plot.doubts(runs)
+    assert line.startswith(f"note: {tmp_path / 'c'} is not in the curve of the mean")
     assert [mean.value for mean in plot.curve(runs)[1]] == [50, 125, 200]
 
 

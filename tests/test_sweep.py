@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -60,8 +61,8 @@ def test_flags_after_the_dashes():
     (["--", "--image_size", "85"], "image sides must be even"),
     (["--", "--seed=7", "--work_dir", "x"], "--seed, --work_dir after --"),
     (["--gpus_per_run", "1.5"], "a fraction or a whole number"),
-    (["--cpus_per_run", "0"], "must be above 0"),
-    (["--cpus_per_run", "1000"], "no node has the 1000 cores, 0 GPUs and 3.3 GB of memory"),
+    (["--cpus_per_run", "0"], "must be at least 0.0001"),
+    (["--cpus_per_run", "1000", "--memory_per_run", "2"], "no node has the 1000 cores, 0 GPUs and 2.0 GB of memory"),
     (["--address", "auto"], "there is no Ray cluster at auto"),
 ])  # fmt: skip
 def test_bad_input(tmp_path, capsys, flags, words):
@@ -119,6 +120,7 @@ def test_a_sweep(tmp_path, capsys, monkeypatch):
     output = capsys.readouterr()
     assert "0 of 2 runs have ended, 0 are running, 2 failed" in output.out
     assert "holds a run with other flags (--action_repeat 50 is now 8, --hidden_dim 16 is now 32)" in output.err
+    assert "its last lines" not in output.err
     assert not ray.is_initialized()
 
 
@@ -136,17 +138,23 @@ def test_a_folder_that_cannot_be_one(tmp_path, capsys):
 def test_stopping_a_sweep(tmp_path, number):
     """The runs write checkpoints, and nothing is left behind."""
     folders = [tmp_path / f"cartpole_swingup-sac_state-{seed}" for seed in (1, 2)]
-    command = ["sweep.py", "--work_dir", str(tmp_path), *TWO, "--", *TINY, "--num_train_steps", "100000"]
+    share = str(train.cores() // 2)  # with three runs, one waits
+    flags = [*TWO, "--seeds", "3", "--cpus_per_run", share, "--", *TINY, "--num_train_steps", "100000"]
     process = subprocess.Popen(
-        [sys.executable, *command], cwd=sweep.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "sweep.py", "--work_dir", str(tmp_path), *flags], cwd=sweep.ROOT, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     wait_for(lambda: all((folder / "train.log").exists() for folder in folders))
     others = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(number)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        process.send_signal(number)
     out, err = process.communicate(timeout=100)
     assert process.returncode == 128 + number
     assert "stopping: the runs write checkpoints" in out
-    assert err == f"sweep.py: stopped by {number.name}: the same command goes on\n"
+    assert err.splitlines()[-1] == f"sweep.py: stopped by {number.name}: the same command goes on"
+    assert "0 of 3 runs have ended, 0 are running, 0 failed" in out
     assert all(Checkpoint(folder / "checkpoint").step() >= 20 for folder in folders)
     assert all("stopped by SIGTERM at step" in (folder / "output.log").read_text() for folder in folders)
     assert_gone(others)
