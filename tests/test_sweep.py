@@ -140,17 +140,20 @@ def test_stopping_a_sweep(tmp_path, number):
     folders = [tmp_path / f"cartpole_swingup-sac_state-{seed}" for seed in (1, 2)]
     share = str(train.cores() // 2)  # with three runs, one waits
     flags = [*TWO, "--seeds", "3", "--cpus_per_run", share, "--", *TINY, "--num_train_steps", "100000"]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "sweep.py", "--work_dir", str(tmp_path), *flags], cwd=sweep.ROOT, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    wait_for(lambda: all((folder / "train.log").exists() for folder in folders))
-    others = psutil.Process(process.pid).children(recursive=True)
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # as a terminal does
-    else:
-        process.send_signal(number)
-    out, err = process.communicate(timeout=100)
+    ) as process:  # fmt: skip
+        try:
+            wait_for(lambda: all((folder / "train.log").exists() for folder in folders))
+            others = psutil.Process(process.pid).children(recursive=True)
+            if number == signal.SIGINT:
+                os.killpg(process.pid, number)  # as a terminal does
+            else:
+                process.send_signal(number)
+            out, err = process.communicate(timeout=100)
+        finally:
+            process.kill()
     assert process.returncode == 128 + number
     assert "stopping: the runs write checkpoints" in out
     assert err.splitlines()[-1] == f"sweep.py: stopped by {number.name}: the same command goes on"
