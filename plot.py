@@ -296,18 +296,18 @@ def table(runs: Sequence[Run], published: Sequence[Score]) -> list[dict[str, str
         by_method: dict[str, list[np.ndarray]] = defaultdict(list)
         for (method, task), group in grouped(runs).items():
             scores = [score for run in group if (score := score_at(run, budget)) is not None]
-            if scores:
-                by_method[method].append(np.array(scores))
+            by_method[method].append(np.array(scores))
             rows.append(row(method, task, budget, scores, published_score(published, task, method, budget)))
         for method, values in by_method.items():
+            seeds = len(values[0])
             # With fewer scores there are no outer quarters; with uneven ones a task would count more than another.
-            if len(values) == 1 or sum(map(len, values)) < 4 or len(set(map(len, values))) > 1:
+            if len(values) == 1 or seeds * len(values) < 4 or any(len(scores) != seeds for scores in values):
                 continue
             estimate = interquartile_mean_estimate(values)
-            interval = between(estimate) if min(map(len, values)) > 1 else ""
+            interval = between(estimate) if seeds > 1 else ""
             rows.append(
                 row(method, f"interquartile mean of {len(values)} tasks", budget, [], None)
-                | {"seeds": str(sum(map(len, values))), "return": f"{estimate.value:.1f}", "95 %": interval}
+                | {"seeds": f"{seeds}", "return": f"{estimate.value:.1f}", "95 %": interval}
             )
     return rows
 
