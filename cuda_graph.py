@@ -39,18 +39,23 @@ class Captured:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             # This context, not only the capture's own, so that whatever fails, the stream is again what it was.
-            with torch.cuda.stream(stream):
-                for _ in range(_WARMUP):
-                    function(*self._arguments)
-                self._graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-                try:
-                    # By thread: the one that gathers the next batch goes on with its copies.
-                    with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                        self._result = function(*self._arguments)
-                except RuntimeError as error:
-                    _leave_capture(pool)
-                    raise RuntimeError(*(error.__context__ or error).args) from error  # what went wrong first
-            torch.cuda.current_stream().wait_stream(stream)
+            try:
+                with torch.cuda.stream(stream):
+                    self._capture(function, stream)
+            finally:  # what the function has begun must have ended before its caller undoes it
+                torch.cuda.current_stream().wait_stream(stream)
+
+    def _capture(self, function: Callable[..., Tensor], stream: torch.cuda.Stream) -> None:
+        for _ in range(_WARMUP):
+            function(*self._arguments)
+        self._graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        try:
+            # By thread: the one that gathers the next batch goes on with its copies.
+            with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                self._result = function(*self._arguments)
+        except RuntimeError as error:
+            _leave_capture(pool)
+            raise RuntimeError(*(error.__context__ or error).args) from error  # what went wrong first
 
     def _fill(self, arguments: Sequence[Tensor]) -> None:
         for mine, argument in zip(self._arguments, arguments, strict=True):

@@ -74,7 +74,8 @@ def place_replay(
         raise ValueError(f"replay_device cuda needs a GPU for the networks too, but device is {device}")
     fits: dict[torch.device, int] = {}  # the largest capacity, by place
     if requested != "cpu" and device.type == "cuda":
-        fits[device] = largest_capacity(free_gpu_bytes(device), GPU_RESERVE, obs_shape, action_shape)
+        # All of the reserve, however small the replay: the networks need as much beside it.
+        fits[device] = largest_capacity(free_gpu_bytes(device) - GPU_RESERVE, 0, obs_shape, action_shape)
     if requested != "cuda":
         fits[torch.device("cpu")] = largest_capacity(free_host_bytes(), HOST_RESERVE, obs_shape, action_shape)
     for place, largest in fits.items():
