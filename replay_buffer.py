@@ -112,7 +112,7 @@ class ReplayBuffer:
         """Stores a transition.
 
         Args:
-            obs: stack before the action; but at an episode's start it is the `next_obs` of the call before.
+            obs: stack before the action: the `next_obs` of the call before, except at an episode's start.
             action: (A,).
             reward: summed over the action's repeats.
             next_obs: stack after it.

@@ -479,6 +479,7 @@ class SacAeAgent:
         loss.backward(inputs=self.actor_parameters)  # and not the critic's, through which it passes
         self.actor_optimizer.step()
 
+        alpha = self.alpha.detach()
         alpha_loss = self.alpha_loss(log_pi)
         self.log_alpha_optimizer.zero_grad()
         alpha_loss.backward()
@@ -488,7 +489,7 @@ class SacAeAgent:
             "train_actor/loss": loss.detach(),
             "train_actor/entropy": entropy,
             "train_alpha/loss": alpha_loss.detach(),
-            "train_alpha/value": self.alpha.detach(),
+            "train_alpha/value": alpha,
         }
 
     def update_target(self) -> None:

@@ -82,7 +82,7 @@ def make_dir(dir_path: str | Path) -> Path:
 
 
 def preprocess_obs(obs: Tensor, bits: int = 5) -> Tensor:
-    """The decoder's target: pixels cut to `bits` bits, dithered, in [-0.5, 0.5) (Glow, arXiv 1807.03039).
+    """The decoder's target: pixels cut to `bits` bits, dithered, in [-0.5, 0.5] (Glow, arXiv 1807.03039).
 
     Args:
         obs: floating pixels 0..255 of any shape.

@@ -101,6 +101,13 @@ def test_actor_loss_leaves_convolutions_and_critic_alone():
     assert module_hash(agent.actor.encoder.fc) != before[2]
 
 
+def test_the_temperature_in_the_logs_is_the_one_that_the_losses_used():
+    agent = make_small_agent()
+    before = agent.alpha.item()
+    metrics = agent.update_actor_and_alpha(random_batch()[0].float())
+    assert metrics["train_alpha/value"].item() == before != agent.alpha.item()
+
+
 def test_decoder_loss_trains_the_whole_encoder():
     agent = make_small_agent()
     parts = [*agent.critic.encoder.convs, agent.critic.encoder.fc, agent.critic.encoder.ln, agent.decoder]
