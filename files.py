@@ -51,19 +51,36 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 def lock(path: Path) -> IO[str]:
     """Takes a file that only one process can have, until it is closed or the process ends, however that ends.
 
+    Where the file system knows no locks, any process can have it.
+
     Raises:
         ValueError: another process has it.
         OSError: it cannot be made.
     """
     path.touch(exist_ok=True)
     file = path.open()  # only to read: a disk with files that are open to be written cannot be made read-only
-    if fcntl is not None:
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            _flock(file)
+        except OSError as error:
+            if error.errno != errno.EBADF:
+                raise
             file.close()
-            raise ValueError(f"{path.parent} is in use by another process: wait for its end, or stop it") from None
+            file = path.open("r+")  # NFS locks only what can be written (man 2 flock)
+            _flock(file)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"{path.parent} is in use by another process: wait for its end, or stop it") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            file.close()
+            raise
     return file
+
+
+def _flock(file: IO[str]) -> None:
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def sync_folder(folder: Path) -> None:
