@@ -13,7 +13,7 @@ DEMO_ARGS := --domain_name cartpole --task_name swingup --encoder_type pixel --d
 .PHONY: train demo sweep test test-long lint clean
 
 train: $(VENV)/installed
-	$(VENV)/bin/python train.py $(or $(ARGS),$(TRAIN_ARGS))
+	$(VENV)/bin/python train.py $(TRAIN_ARGS) $(ARGS)
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python train.py $(DEMO_ARGS)

@@ -25,6 +25,7 @@ from checkpoint import Checkpoint
 from environment import make_env
 from evaluation import SideBySide, WorkerError, play
 from sac_ae import SacAeAgent
+from signals import hear_interrupts
 from video import write_video
 
 # Flags of train.py that a model rests on: the environment it was trained in, and its networks.
@@ -276,7 +277,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with train.refusals(parser):
         evaluation = Evaluation(args)
-    train.hear_interrupts()
+    hear_interrupts()
     try:
         print(f"models: {evaluation.folder}, step {evaluation.step}", flush=True)
         returns = evaluation.play()

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 import pickle
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from signals import held_signals
 
 Steps = list[tuple[np.ndarray, float, bool]]  # observation, reward, whether the episode is over
 
@@ -67,7 +68,7 @@ class _RemoteGroup:
 
     def __init__(self, make_env: Callable[[], Any], count: int):
         paths = {"PYTHONPATH": os.pathsep.join(path or os.curdir for path in sys.path)}
-        with _held_interrupts():
+        with held_signals():
             self._process = subprocess.Popen(
                 [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | paths
             )
@@ -104,19 +105,6 @@ class _RemoteGroup:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-
-
-@contextmanager
-def _held_interrupts() -> Iterator[None]:
-    """Interrupts wait until the end. A process started within inherits that and never sees any; this one decides."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def serve() -> None:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from rich.table import Table
 import train
 from checkpoint import Checkpoint
 from replay_buffer import replay_bytes
+from signals import asked_to_stop
 
 ROOT = Path(__file__).resolve().parent
 METHODS = {
@@ -67,7 +68,7 @@ class State(NamedTuple):
     ended: bool  # all decisions and the last evaluation are made
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> train.OneLineParser:
     """The command line."""
     parser = train.OneLineParser(
         description=__doc__,
@@ -363,42 +364,27 @@ class Sweep:
         return lines
 
 
-@contextmanager
-def told_to_stop() -> Iterator[list[int]]:
-    """A list that SIGINT or SIGTERM is appended to; a second one ends the program at once."""
-    asked: list[int] = []
-
-    def ask(number: int, _frame: Any) -> None:
-        asked.append(number)
-        for each in numbers:
-            signal.signal(each, signal.SIG_DFL)
-
-    numbers = [each for each in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(each) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, ask) for number in numbers}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def carry_on(sweep: Sweep, console: Console) -> int | None:
     """Waits for the runs, telling how far they are; the signal that broke it off, or None."""
     reported = time.monotonic()
-    with told_to_stop() as asked:
-        with Live(console=console, auto_refresh=False, transient=True) as live:
-            while sweep.pending() and not asked:
-                for line in sweep.wait(_REFRESH):
-                    console.print(line, highlight=False, soft_wrap=True)
-                if console.is_terminal:
-                    live.update(sweep.table(most_rows=console.height - 5), refresh=True)
-                elif time.monotonic() - reported > _REPORT:
-                    console.print(sweep.table())
-                    reported = time.monotonic()
-        if asked:
-            console.print("stopping: the runs write checkpoints")
-            for line in sweep.stop():
-                console.print(line, highlight=False, soft_wrap=True)
+    asked: list[int] = []
+    with asked_to_stop(asked.append):
+        try:
+            with Live(console=console, auto_refresh=False, transient=True) as live:
+                while sweep.pending() and not asked:
+                    for line in sweep.wait(_REFRESH):
+                        console.print(line, highlight=False, soft_wrap=True)
+                    if console.is_terminal:
+                        live.update(sweep.table(most_rows=console.height - 5), refresh=True)
+                    elif time.monotonic() - reported > _REPORT:
+                        console.print(sweep.table())
+                        reported = time.monotonic()
+            if asked:
+                console.print("stopping: the runs write checkpoints")
+        finally:  # also if nothing can be printed any more, as on a terminal that is gone
+            late = sweep.stop() if sweep.pending() else []
+        for line in late:
+            console.print(line, highlight=False, soft_wrap=True)
     return asked[0] if asked else None
 
 
@@ -439,6 +425,8 @@ def main(argv: list[str] | None = None) -> int:
         sweep.start()
         number = carry_on(sweep, console)
         console.print(sweep.table())
+    except OSError as error:
+        return train.failure(parser, error)
     finally:
         ray.shutdown()
     for line in sweep.report():

@@ -48,6 +48,7 @@ from files import lock, naming, write_json
 from logger import Logger, NonFiniteLossError, cut_logs
 from memory import place_replay
 from sac_ae import SacAeAgent
+from signals import asked_to_stop
 from utils import ReplayBuffer, make_dir, set_seed_everywhere
 from video import VideoRecorder
 
@@ -219,10 +220,13 @@ def make_parser() -> OneLineParser:
     group.add_argument(
         "--compile", action="store_true", help="put the losses through torch.compile, which takes a minute at first"
     )
-    group.add_argument("--save_tb", action="store_true", help="write TensorBoard events to work_dir/tb")
-    group.add_argument("--save_model", action="store_true", help="save the networks at evaluations to work_dir/model")
-    group.add_argument("--save_buffer", action="store_true", help="save the replay at evaluations to work_dir/buffer")
-    group.add_argument("--save_video", action="store_true", help="save an episode of each evaluation to work_dir/video")
+    for flag, what in (
+        ("--save_tb", "write TensorBoard events to work_dir/tb"),
+        ("--save_model", "save the networks at evaluations to work_dir/model"),
+        ("--save_buffer", "save the replay at evaluations to work_dir/buffer"),
+        ("--save_video", "save an episode of each evaluation to work_dir/video"),
+    ):
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=False, help=what)
     return parser
 
 
@@ -499,7 +503,7 @@ class Run:
             write_json(self.work_dir / "args.json", dict(sorted(vars(args).items())))
             self.logger = Logger(self.work_dir, use_tb=args.save_tb, purge_step=purge_step)
             with (self.work_dir / "starts.log").open("a") as file:
-                file.write(json.dumps(provenance() | {"step": self.step}) + "\n")
+                file.write(json.dumps(provenance(torch.device(args.device)) | {"step": self.step}) + "\n")
         except BaseException:
             self.eval_envs.close()
             self.lock.close()
@@ -622,6 +626,10 @@ class Run:
     def has_ended(self) -> bool:
         """Whether nothing is left to do."""
         return self.step >= self.args.num_train_steps and not self.evaluation_due
+
+    def stop(self, signal_number: int) -> None:
+        """Asks the run to stop where it can go on another time."""
+        self.stopping = signal_number
 
     def stop_if_asked(self) -> None:
         """Raises Stopped if a signal has asked for it: here the run can go on another time."""
@@ -784,8 +792,8 @@ def progress(numbers: range, name: str) -> tqdm:
     return tqdm(numbers, desc=name, leave=False, disable=None)
 
 
-def provenance() -> dict[str, str]:
-    """When, where and by what a run is started."""
+def provenance(device: torch.device) -> dict[str, str]:
+    """When, where and by what a run on this device is started."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -797,7 +805,7 @@ def provenance() -> dict[str, str]:
         "command": shlex.join(sys.argv),
         "commit": commit,
         "machine": f"{platform.platform()}, {cores()} cores",
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
         "python": platform.python_version(),
     } | {name: importlib.metadata.version(name) for name in packages}
 
@@ -809,24 +817,6 @@ def remove(paths: Iterable[Path]) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-@contextmanager
-def stopped_by_signals(run: Run) -> Iterator[None]:
-    """SIGINT and SIGTERM ask the run to stop where it can go on another time; a second one ends the program at once."""
-    numbers = [each for each in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(each) is not signal.SIG_IGN]
-
-    def ask(number: int, _frame: Any) -> None:
-        run.stopping = number
-        for each in numbers:
-            signal.signal(each, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, ask) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def with_progress(moments: Iterator[Moment], action_repeat: int) -> Iterator[Moment]:
@@ -851,13 +841,7 @@ def refusals(parser: OneLineParser) -> Iterator[None]:
         parser.error(str(error))
 
 
-def hear_interrupts() -> None:
-    """From now on Ctrl-C raises KeyboardInterrupt, unless this program was started to ignore it."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def failure(parser: OneLineParser, error: Exception) -> int:
+def failure(parser: OneLineParser, error: Exception | str) -> int:
     """Says what ended the program; returns the exit status."""
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more at exit
@@ -874,7 +858,7 @@ def interruption(parser: OneLineParser) -> int:
 def carry_out(run: Run, parser: OneLineParser) -> int:
     """Trains, and writes a checkpoint if a signal stops it; the exit status."""
     try:
-        with stopped_by_signals(run):
+        with asked_to_stop(run.stop):
             try:
                 for line in run.describe() if not run.has_ended() else ():
                     print(line, flush=True)
@@ -887,6 +871,8 @@ def carry_out(run: Run, parser: OneLineParser) -> int:
                 return 128 + stopped.signal_number
             finally:
                 run.close()
+    except torch.OutOfMemoryError as error:
+        return failure(parser, f"{error}; --resume goes on, with --replay_device cpu there is more room on a GPU")
     except (NonFiniteLossError, dmc2gym.RendererError, WorkerError, OSError) as error:
         return failure(parser, error)
     return 0

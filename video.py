@@ -11,6 +11,8 @@ from typing import Any
 
 import imageio.v2 as imageio
 
+from signals import held_signals
+
 
 class VideoRecorder:
     """Collects rendered frames and writes them as an mp4.
@@ -68,7 +70,8 @@ def write_video(path: Path, frames: Iterable[Any], fps: int = 30, overwrite: boo
         writer: Any
         with imageio.get_writer(temporary, fps=fps, **options) as writer:
             for frame in frames:
-                writer.append_data(frame)
+                with held_signals():  # the first frame starts ffmpeg
+                    writer.append_data(frame)
         if path.exists() and not overwrite:
             raise FileExistsError(f"{path} exists by now, and is not overwritten")
         temporary.replace(path)

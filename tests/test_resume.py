@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import json
 import os
 import random
@@ -18,6 +20,7 @@ import pytest
 import torch
 from test_train import read_log, without_times
 
+import files
 import train
 from checkpoint import Checkpoint
 
@@ -139,8 +142,10 @@ PHASES = {
 }
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    ("phase", "number"),
+    [*itertools.product(PHASES, (signal.SIGTERM, signal.SIGINT)), ("burst", signal.SIGHUP)],
+)
 def test_stopped_by_a_signal(tmp_path, uninterrupted, phase, number):
     """Soon, with a word of how to go on; and it goes on."""
     folder, kind = tmp_path / "log", PIXELS if number == signal.SIGTERM else ()
@@ -335,6 +340,9 @@ def test_flags_that_may_change_are_noted(tmp_path, ended, capsys):
         "note: --num_train_steps was 95 and is now 130",
         "note: --save_model was False and is now True",
     ]
+    flags = ["--num_train_steps", "130", "--no-save_model", "--resume"]
+    assert train.main([*RUN, *flags, "--work_dir", str(tmp_path / "log")]) == 0
+    assert "note: --save_model was True and is now False" in capsys.readouterr().out.splitlines()
     assert [record["step"] for record in read_log(tmp_path / "log" / "eval.log")] == [0, 60, 100, 120]
 
 
@@ -358,6 +366,32 @@ def test_a_run_without_a_checkpoint_folder_is_not_taken_for_one(tmp_path, ended,
         train.main([*RUN, "--resume", "--work_dir", str(tmp_path / "log")])
     assert "checkpoint.json is missing" in capsys.readouterr().err
     assert (tmp_path / "log" / "eval.log").exists()
+
+
+def test_locks_of_network_file_systems(tmp_path, monkeypatch):
+    """Some lock only what can be written, some nothing; a lock that another has is seen on the former."""
+    held, answers = [], []
+
+    def flock(file, _):
+        if answers:
+            raise OSError(answers[0], os.strerror(answers.pop()))
+        if not file.writable():
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        if held:
+            raise BlockingIOError
+        held.append(file)
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    for answer in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+        answers.append(answer)
+        files.lock(tmp_path / ".lock").close()
+        assert not answers
+    files.lock(tmp_path / ".lock").close()
+    with pytest.raises(ValueError, match="in use by another process"):
+        files.lock(tmp_path / ".lock")
+    answers.append(errno.EIO)
+    with pytest.raises(OSError, match="Input/output"):
+        files.lock(tmp_path / ".lock")
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--overwrite"])

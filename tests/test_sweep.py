@@ -138,7 +138,7 @@ def test_a_folder_that_cannot_be_one(tmp_path, capsys):
 def test_stopping_a_sweep(tmp_path, number):
     """The runs write checkpoints, and nothing is left behind."""
     folders = [tmp_path / f"cartpole_swingup-sac_state-{seed}" for seed in (1, 2)]
-    share = str(train.cores() // 2)  # with three runs, one waits
+    share = str(train.cores() / 2)  # with three runs, one waits
     flags = [*TWO, "--seeds", "3", "--cpus_per_run", share, "--", *TINY, "--num_train_steps", "100000"]
     with subprocess.Popen(
         [sys.executable, "sweep.py", "--work_dir", str(tmp_path), *flags], cwd=sweep.ROOT, start_new_session=True,
@@ -160,6 +160,27 @@ def test_stopping_a_sweep(tmp_path, number):
     assert "0 of 3 runs have ended, 0 are running, 0 failed" in out
     assert all(Checkpoint(folder / "checkpoint").step() >= 20 for folder in folders)
     assert all("stopped by SIGTERM at step" in (folder / "output.log").read_text() for folder in folders)
+    assert_gone(others)
+
+
+def test_a_sweep_that_can_print_no_more(tmp_path):
+    """As when its terminal is closed: the runs write checkpoints all the same."""
+    folders = [tmp_path / f"cartpole_swingup-sac_state-{seed}" for seed in (1, 2)]
+    flags = [*TWO, "--cpus_per_run", str(train.cores() / 2), "--", *TINY, "--num_train_steps", "100000"]
+    with Path("/dev/full").open("w") as full, subprocess.Popen(
+        [sys.executable, "sweep.py", "--work_dir", str(tmp_path), *flags], cwd=sweep.ROOT, start_new_session=True,
+        stdout=full, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        try:
+            wait_for(lambda: all((folder / "train.log").exists() for folder in folders))
+            others = psutil.Process(process.pid).children(recursive=True)
+            process.send_signal(signal.SIGHUP)
+            _, err = process.communicate(timeout=100)
+        finally:
+            process.kill()
+    assert process.returncode == 1
+    assert err == "sweep.py: error: [Errno 28] No space left on device\n"
+    assert all(Checkpoint(folder / "checkpoint").step() >= 20 for folder in folders)
     assert_gone(others)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
+import psutil
 import pytest
 import torch
 from terminal import reader
@@ -23,6 +24,7 @@ from toy import BarEnv, CountingEnv
 import environment
 import train
 from utils import FrameStack
+from video import write_video
 
 ROOT = Path(__file__).parent.parent
 LINE = {
@@ -406,6 +408,20 @@ def test_cuda_graphs_are_for_gpus(monkeypatch):
     assert made == [("SacAeAgent", None), ("GraphedAgent", train.tqdm.write), ("SacAeAgent", None)]
 
 
+def test_videos_survive_signals_to_all_processes(tmp_path):
+    """As a scheduler sends them: ffmpeg ends when it has all frames."""
+
+    def frames():
+        for index in range(30):
+            if index == 10:
+                (ffmpeg,) = psutil.Process().children()
+                ffmpeg.send_signal(signal.SIGTERM)
+            yield np.full((64, 64, 3), 8 * index, np.uint8)
+
+    write_video(tmp_path / "video.mp4", frames())
+    assert iio.imread(tmp_path / "video.mp4").shape == (30, 64, 64, 3)
+
+
 def test_video_without_ffmpeg_is_refused(tmp_path, capsys, monkeypatch):
     import imageio_ffmpeg
 
@@ -554,6 +570,20 @@ def test_interrupt_while_starting(tmp_path, seconds):
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) in (-signal.SIGINT, 130)
     assert process.stderr.read() in ("", "train.py: stopped by SIGINT at step 0: --resume goes on\n")
+
+
+def test_a_gpu_without_room(tmp_path, monkeypatch, capsys):
+    """One line, as for all that can happen to a run, not a traceback."""
+
+    def update(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")
+
+    monkeypatch.setattr(train.SacAeAgent, "update", update)
+    assert train.main([*SMALL, "--num_train_steps", "1100", "--work_dir", str(tmp_path / "log")]) == 1
+    error = capsys.readouterr().err
+    assert "error: CUDA out of memory. Tried to allocate 2 GiB.; --resume" in error
+    assert "--replay_device cpu" in error
+    assert error.count("\n") == 1
 
 
 def test_closed_pipe(tmp_path):
