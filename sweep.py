@@ -333,9 +333,12 @@ class Sweep:
         ended = sum(state.ended for name, state in self.states.items() if name not in self.failed)
         speed = sum(self.states[name].speed for name in running)
         title = f"{ended} of {len(self.specs)} runs have ended, {len(running)} are running, {len(self.failed)} failed"
-        table = Table(title=f"{title}; {speed:.1f} decisions a second" if speed else title)
-        for column in ("run", "decisions", "a second", "last return", "left"):
-            table.add_column(column, justify="left" if column == "run" else "right")
+        # Without lines between them the columns fit in 80 characters.
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title_justify="left")
+        table.title = f"{title}; {speed:.1f} decisions a second" if speed else title
+        table.add_column("run", overflow="fold")
+        for column in ("decisions", "a second", "last return", "left"):
+            table.add_column(column, justify="right", no_wrap=True)
         shown = self.specs
         if most_rows is not None and len(shown) > most_rows:
             shown = [spec for spec in shown if spec.name in running][: max(1, most_rows)]
