@@ -247,10 +247,10 @@ def draw(runs: Sequence[Run], published: Sequence[Score]) -> Any:
 
 def draw_task(axis: Any, runs: Sequence[Run], published: Sequence[Score]) -> None:
     """One panel."""
-    for index, (method, (colour, line, marker)) in enumerate(STYLES.items()):
+    methods = [method for method in STYLES if any(run.method == method for run in runs)]
+    for index, method in enumerate(methods):
+        colour, line, marker = STYLES[method]
         mine = [run for run in runs if run.method == method]
-        if not mine:
-            continue
         for run in mine:
             axis.plot(run.steps, run.returns, color=colour, alpha=0.25, linewidth=0.8)
         grid, means = curve(mine)
@@ -277,7 +277,7 @@ def draw_task(axis: Any, runs: Sequence[Run], published: Sequence[Score]) -> Non
             score = published_score(scores, mine[0].task, method, budget)
             if score is not None:
                 axis.errorbar(
-                    budget + 0.01 * end * index,  # beside those of other methods
+                    budget + 0.025 * end * (index + 1),  # beside the curves and those of other methods
                     score.mean,
                     yerr=score.std,
                     fmt=marker,
