@@ -247,6 +247,7 @@ def draw(runs: Sequence[Run], published: Sequence[Score]) -> Any:
 
 def draw_task(axis: Any, runs: Sequence[Run], published: Sequence[Score]) -> None:
     """One panel."""
+    longest = max(run.steps[-1] for run in runs)
     methods = [method for method in STYLES if any(run.method == method for run in runs)]
     for index, method in enumerate(methods):
         colour, line, marker = STYLES[method]
@@ -277,7 +278,7 @@ def draw_task(axis: Any, runs: Sequence[Run], published: Sequence[Score]) -> Non
             score = published_score(scores, mine[0].task, method, budget)
             if score is not None:
                 axis.errorbar(
-                    budget + 0.025 * end * (index + 1),  # beside the curves and those of other methods
+                    budget + 0.025 * longest * (index + 1),  # beside the curves and those of other methods
                     score.mean,
                     yerr=score.std,
                     fmt=marker,

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-# Ctrl-C, what schedulers and systems send before they kill, and the end of the terminal; Windows has no SIGHUP.
-STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+HANGUP = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []  # the terminal is gone; Windows has no such signal
+STOPPING = [signal.SIGINT, signal.SIGTERM, *HANGUP]  # Ctrl-C, and what schedulers and systems send before they kill
 
 
 @contextmanager
 def asked_to_stop(ask: Callable[[int], None]) -> Iterator[None]:
-    """Calls `ask` with the first signal to stop; a second one ends the program at once.
+    """Calls `ask` with the first signal to stop; a second one ends the program at once, unless it is SIGHUP.
 
+    Of a closed terminal the shell tells, and so does the system. Nothing that is printed there may fail afterwards.
     Those that the program was started to ignore, as `nohup` has it do, stay ignored.
     """
     numbers = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+    terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
     def hear(number: int, _frame: Any) -> None:
         for each in numbers:
-            signal.signal(each, signal.SIG_DFL)
+            signal.signal(each, signal.SIG_IGN if each in HANGUP else signal.SIG_DFL)
+        if number in HANGUP:
+            for descriptor in terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         ask(number)
 
     before = {number: signal.signal(number, hear) for number in numbers}
@@ -33,15 +39,15 @@ def asked_to_stop(ask: Callable[[int], None]) -> Iterator[None]:
 
 
 @contextmanager
-def held_signals() -> Iterator[None]:
-    """Signals to stop wait until the end. A process started within inherits that and sees none, ever: this one decides.
+def held_signals(numbers: Sequence[int] = STOPPING) -> Iterator[None]:
+    """Signals wait until the end. A process that is started within inherits that and sees none, ever: this one decides.
 
     A scheduler may send them to all processes of a job.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
     finally:

@@ -26,7 +26,7 @@ from rich.table import Table
 import train
 from checkpoint import Checkpoint
 from replay_buffer import replay_bytes
-from signals import asked_to_stop
+from signals import HANGUP, asked_to_stop, held_signals
 
 ROOT = Path(__file__).resolve().parent
 METHODS = {
@@ -405,14 +405,15 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     local = args.address == "local"
     try:
-        ray.init(
-            address=args.address,
-            log_to_driver=False,
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            # Nothing goes through Ray's store of objects, which would take a third of the memory.
-            object_store_memory=100_000_000 if local else None,
-        )
+        with held_signals(HANGUP):  # the end of the terminal must not end Ray before the runs
+            ray.init(
+                address=args.address,
+                log_to_driver=False,
+                include_dashboard=False,
+                logging_level=logging.ERROR,
+                # Nothing goes through Ray's store of objects, which would take a third of the memory.
+                object_store_memory=100_000_000 if local else None,
+            )
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         parser.error(f"Ray does not start: {error}" if local else f"there is no Ray cluster at {args.address}: {error}")
     console = Console()

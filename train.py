@@ -198,7 +198,10 @@ def make_parser() -> OneLineParser:
     group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=1, help="of everything random")
     group.add_argument("--work_dir", default="./log", help="folder of the run's files, which must not hold a run")
     group.add_argument(
-        "--resume", action="store_true", help="go on from the checkpoint in work_dir; without one, start"
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="go on from the checkpoint in work_dir; without one, start",
     )
     group.add_argument("--overwrite", action="store_true", help="remove the run that work_dir holds, and start afresh")
     group.add_argument(

@@ -8,3 +8,4 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A shell starts what it runs in the background with SIGINT ignored, and so would be the runs that are to hear it here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import itertools
 import json
 import os
@@ -12,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -168,6 +170,24 @@ def test_stopped_by_a_signal(tmp_path, uninterrupted, phase, number):
     process = start(folder, *flags, "--resume")
     assert process.communicate(timeout=300)[1] == ""
     assert outcome(folder) == uninterrupted(*kind)
+
+
+def test_a_closed_terminal(tmp_path):
+    """The run is told, perhaps twice, has nowhere to print to, and writes its checkpoint all the same."""
+    master, slave = os.openpty()
+    command = [sys.executable, "train.py", *RUN, "--num_train_steps", "100000", "--work_dir", str(tmp_path / "log")]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(slave)
+    shown = b""
+    while b"E: 3 " not in shown:
+        shown += os.read(master, 1024)
+    step = Checkpoint(tmp_path / "log" / "checkpoint").step()
+    os.close(master)
+    assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    assert Checkpoint(tmp_path / "log" / "checkpoint").step() > step
 
 
 def test_a_second_signal_ends_at_once(tmp_path):

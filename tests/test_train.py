@@ -414,7 +414,7 @@ def test_videos_survive_signals_to_all_processes(tmp_path):
     def frames():
         for index in range(30):
             if index == 10:
-                (ffmpeg,) = psutil.Process().children()
+                (ffmpeg,) = (child for child in psutil.Process().children() if "ffmpeg" in child.name())
                 ffmpeg.send_signal(signal.SIGTERM)
             yield np.full((64, 64, 3), 8 * index, np.uint8)
 
