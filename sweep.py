@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
@@ -327,15 +327,14 @@ class Sweep:
         """Names of the runs that have written something in this attempt."""
         return {spec.name for spec in self._pending.values() if output_bytes(spec) > self._begun[spec.name][0]}
 
-    def table(self, most_rows: int | None = None) -> Table:
+    def table(self, most_rows: int | None = None) -> Group:
         """How far each run is and what is left; of more runs than `most_rows`, those that run."""
         running = self.running()
         ended = sum(state.ended for name, state in self.states.items() if name not in self.failed)
         speed = sum(self.states[name].speed for name in running)
         title = f"{ended} of {len(self.specs)} runs have ended, {len(running)} are running, {len(self.failed)} failed"
         # Without lines between them the columns fit in 80 characters.
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title_justify="left")
-        table.title = f"{title}; {speed:.1f} decisions a second" if speed else title
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column("run", overflow="fold")
         for column in ("decisions", "a second", "last return", "left"):
             table.add_column(column, justify="right", no_wrap=True)
@@ -344,7 +343,7 @@ class Sweep:
             shown = [spec for spec in shown if spec.name in running][: max(1, most_rows)]
         for spec in shown:
             table.add_row(spec.name, *self._row(spec, spec.name in running))
-        return table
+        return Group(f"{title}; {speed:.1f} decisions a second" if speed else title, table)
 
     def _row(self, spec: Spec, running: bool) -> Iterator[str]:
         """Its cells in the table."""
@@ -353,7 +352,8 @@ class Sweep:
         yield f"{state.speed:.1f}" if state.speed else ""
         yield "" if math.isnan(state.last_return) else f"{state.last_return:.1f}"
         if running and state.speed:
-            yield f"{(total - state.step) / state.speed / 3600:.1f} h"
+            minutes = (total - state.step) / state.speed / 60
+            yield f"{minutes / 60:.1f} h" if minutes > 60 else f"{minutes:.0f} min"
         else:
             yield "failed" if spec.name in self.failed else "done" if state.ended else "runs" if running else "waits"
 

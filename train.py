@@ -521,7 +521,7 @@ class Run:
         self.checkpoint.begin(vars(self.args))  # first: from now on the folder holds a run that has no checkpoint yet
         remove(self.work_dir / name for name in held if name != "checkpoint")
         if not held:
-            return []
+            return [f"no run in {self.work_dir} yet: it begins"] if self.args.resume else []
         why = "there is no checkpoint yet" if self.args.resume else "they are overwritten"
         return [f"removed from {self.work_dir}: {', '.join(held)}; {why}"]
 
