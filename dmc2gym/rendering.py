@@ -2,46 +2,89 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_LIBRARIES = {"egl": "libEGL.so.1", "osmesa": "libOSMesa.so.8"}
+# What users set to choose a renderer or a driver; where drawing fails, those that are set are the suspects.
+_VARIABLES = (
+    *("MUJOCO_GL", "MUJOCO_EGL_DEVICE_ID", "PYOPENGL_PLATFORM", "EGL_PLATFORM", "GALLIUM_DRIVER"),
+    *("__EGL_VENDOR_LIBRARY_DIRS", "__EGL_VENDOR_LIBRARY_FILENAMES", "LIBGL_DRIVERS_PATH"),
+)
+_CHOSEN = "DMC2GYM_RENDERER"  # what `choose_backend` has put into MUJOCO_GL, here or in a process above this one
+_TRIAL = "from dm_control._render import Renderer; Renderer(8, 8).free()"
 _SOFTWARE = ("llvmpipe", "softpipe", "swrast", "software")
 INSTALL_HINT = "on Debian or Ubuntu: apt-get install libegl1 libgl1-mesa-dri libopengl0"
 
 
 class RendererError(RuntimeError):
-    """Nothing here can render; the message says which packages help."""
+    """Nothing here can render; the message says what helps."""
 
 
 def choose_backend() -> None:
     """Sets MUJOCO_GL on Linux unless the user has: EGL, which needs no display, or OSMesa, or none.
 
-    Elsewhere the choice stays with dm_control.
+    A library that loads may still not work, so each is tried. That happens in a process of its own, for what has
+    failed in one leaves PyOpenGL unusable there. Elsewhere the choice stays with dm_control.
     """
     if os.environ.get("MUJOCO_GL") or not sys.platform.startswith("linux"):
         return
-    for backend, library in _LIBRARIES.items():
-        try:
-            ctypes.CDLL(library)
-        except OSError:
-            continue
-        os.environ["MUJOCO_GL"] = backend
+    # Who names a GPU for EGL does not want to be drawn for by software on the CPU.
+    backends = ["egl"] if "MUJOCO_EGL_DEVICE_ID" in os.environ else ["egl", "osmesa"]
+    working = (backend for backend in backends if _works(backend))
+    os.environ["MUJOCO_GL"] = os.environ[_CHOSEN] = next(working, "disabled")
+
+
+def _works(backend: str) -> bool:
+    """Whether a renderer starts here; a third of a second."""
+    command = [sys.executable, "-c", _TRIAL]
+    try:
+        return not subprocess.run(
+            command, env=os.environ | {"MUJOCO_GL": backend}, capture_output=True, timeout=60, check=False
+        ).returncode
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+def renderer_error(cause: Exception) -> RendererError:
+    """What to tell a user where drawing has failed: why, and the variables to look at, or else what to install."""
+    # Not what this program has chosen itself, nor what dm_control sets after it.
+    ours = {"MUJOCO_GL": os.environ.get(_CHOSEN), "PYOPENGL_PLATFORM": os.environ.get("MUJOCO_GL")}
+    found = {name: os.environ[name] for name in _VARIABLES if os.environ.get(name) not in (None, ours.get(name))}
+    named = ", ".join(f"{name}={value}" for name, value in found.items())
+    reason = " ".join(str(cause).split()) or type(cause).__name__
+    advice = f"{named} is set: unset it, or choose another value" if named else INSTALL_HINT
+    return RendererError(f"no usable renderer ({reason}); {advice}")
+
+
+@contextmanager
+def not_started(physics: Any) -> Iterator[None]:
+    """Within it, a simulation that has drawn nothing yet has no renderer, and makes none.
+
+    A task may ask for one at a reset, to tell it what has changed (quadruped escape: its terrain). One that is made
+    later sees the change anyway.
+    """
+    if physics._contexts:
+        yield
         return
-    os.environ["MUJOCO_GL"] = "disabled"
+    kind = type(physics)
+    physics.__class__ = type(kind.__name__, (kind,), {"contexts": None})
+    try:
+        yield
+    finally:
+        physics.__class__ = kind
 
 
 def check_display() -> None:
-    """Raises RendererError for GLFW without a display, which would only fail after many lines of its own."""
+    """Raises RuntimeError for GLFW without a display, which would only fail after many lines of its own."""
     displays = ("DISPLAY", "WAYLAND_DISPLAY")
     if os.environ.get("MUJOCO_GL") == "glfw" and sys.platform.startswith("linux") and not any(map(os.getenv, displays)):
-        raise RendererError(f"MUJOCO_GL=glfw needs a display: unset it, or {INSTALL_HINT}")
+        raise RuntimeError("it needs a display, and there is none")
 
 
 @contextmanager

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import concurrent.futures.thread  # noqa: F401  # for `_free_at_exit`
 import logging
 import math
+import threading
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -13,31 +16,36 @@ import gym
 import numpy as np
 from gym.wrappers import TimeLimit
 
-from dmc2gym.rendering import INSTALL_HINT, RendererError, check_display, renderer_name, uninterrupted
+from dmc2gym.rendering import check_display, not_started, renderer_error, renderer_name, uninterrupted
 
 _UNLIMITED = 1e10  # dm_control's limit of an actuator without one (mjMAXVAL)
 
 
 def _suite() -> Any:
     """dm_control's suite, imported when it is first needed: that takes a second, and `--help` should not."""
-    # MuJoCo warns at every load of an attribute in the suite's own models; nobody here can change that.
-    logging.getLogger("absl").addFilter(_without_settotalmass)
+    logging.getLogger("absl").addFilter(_worth_reading)
     warnings.filterwarnings("ignore", module="glfw")  # that it finds no display: said where it matters
     try:
         from dm_control import suite
     except Exception as error:  # what a renderer raises that cannot start is of many kinds
-        raise RendererError(
-            f"dm_control found no usable renderer ({error}): unset MUJOCO_GL, or {INSTALL_HINT}"
-        ) from error
+        raise renderer_error(error) from error
     return suite
+
+
+def _physics_error() -> type[Exception]:
+    """What dm_control raises where a simulation diverges."""
+    from dm_control.rl.control import PhysicsError
+
+    return PhysicsError
 
 
 def _nothing(_physics: Any) -> dict[str, np.ndarray]:
     return {"nothing": np.zeros(0)}
 
 
-def _without_settotalmass(record: logging.LogRecord) -> bool:
-    return "settotalmass" not in record.getMessage()
+def _worth_reading(record: logging.LogRecord) -> bool:
+    """Not MuJoCo's warning at every load of the suite's own models, nor what `step` tells in `physics_error`."""
+    return not any(text in record.getMessage() for text in ("settotalmass", "The simulation is unstable"))
 
 
 def task_names() -> list[tuple[str, str]]:
@@ -158,8 +166,11 @@ class DMCWrapper(gym.Env):
         self._free_at_exit()
 
     def _free_at_exit(self) -> None:
-        # Renderers that Python tears down at exit print tracebacks; this runs before, or at garbage collection.
-        self._finalizer = weakref.finalize(self, self._env.close)
+        # At garbage collection, or before exit: renderers that Python tears down print tracebacks. OSMesa draws in a
+        # thread of concurrent.futures, which ends its threads before `atexit` calls anything; what is registered here
+        # after it was imported comes before that. https://github.com/python/cpython/blob/3.13/Lib/threading.py
+        self._finalizer = weakref.finalize(self, self._env.physics.free)
+        getattr(threading, "_register_atexit", atexit.register)(self._finalizer)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_finalizer"}
@@ -187,12 +198,25 @@ class DMCWrapper(gym.Env):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Starts an episode; with a seed, one that depends on that seed alone.
 
-        LQR tasks draw their springs when they are made: there it depends on the seed of `make`, too.
+        LQR tasks draw their springs when they are made: there it depends on the seed of `make`, too. A simulation that
+        diverges before it has begun is begun anew, up to ten times.
+
+        Raises:
+            dm_control.rl.control.PhysicsError: it has diverged each time.
         """
         super().reset(seed=seed)
         if seed is not None:
             self._env.task.random.seed(seed)
-        return self._observe(self._env.reset())
+        with not_started(self._env.physics):
+            for left in reversed(range(10)):
+                try:
+                    time_step = self._env.reset()
+                    break
+                except _physics_error():
+                    if not left:
+                        raise
+        self._last = self._observe(time_step)
+        return self._last
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Repeats an action for `frame_skip` environment steps, or until the episode ends.
@@ -202,7 +226,8 @@ class DMCWrapper(gym.Env):
 
         Returns:
             The last observation, rewards summed, whether the task ended (its discount is 0) or its time ran out,
-            and info with `internal_state` (the simulator's) and `discount`.
+            and info with `internal_state` (the simulator's) and `discount`. Where the simulation diverges, the episode
+            ends with reward 0, discount 0, the observation before, and the reason in info as `physics_error`.
 
         Raises:
             ValueError: the action is of another shape, out of range or not finite.
@@ -210,6 +235,18 @@ class DMCWrapper(gym.Env):
         action = np.asarray(action, dtype=np.float64)
         if action.shape != self.action_space.shape or not (np.abs(action) <= 1).all():
             raise ValueError(f"actions are {self.action_space.shape} in [-1, 1], got {action}")
+        try:
+            time_step, reward = self._advance(action)
+            self._last = obs, info = self._observe(time_step)
+        except _physics_error() as error:
+            # As in dm_control's composer.Environment. The observation stays finite: it is the last one before.
+            obs, info = self._last
+            return obs.copy(), 0.0, True, False, info | {"discount": 0.0, "physics_error": str(error)}
+        ended = bool(time_step.discount == 0)
+        return obs, reward, ended, bool(time_step.last() and not ended), info
+
+    def _advance(self, action: np.ndarray) -> tuple[Any, float]:
+        """The environment steps of a decision: dm_control's last time step, and the rewards summed."""
         scaled = self._action_low + (action + 1) / 2 * (self._action_high - self._action_low)
         reward = 0.0
         for left in reversed(range(self._frame_skip)):
@@ -219,9 +256,7 @@ class DMCWrapper(gym.Env):
                 if left:
                     time_step = time_step._replace(observation=self._env.task.get_observation(self._env.physics))
                 break
-        obs, info = self._observe(time_step)
-        ended = bool(time_step.discount == 0)
-        return obs, reward, ended, bool(time_step.last() and not ended), info
+        return time_step, reward
 
     def _step_unobserved(self, action: np.ndarray) -> Any:
         """An environment step that another one follows: its observation, which nobody sees, is not computed."""
@@ -267,9 +302,9 @@ class DMCWrapper(gym.Env):
 
     def _start_renderer(self, height: int = 0, width: int = 0) -> None:
         """Makes the renderer, or makes it anew if its buffer is too small for a picture."""
-        check_display()
         physics, visual = self._env.physics, self._env.physics.model.vis.global_
         try:
+            check_display()
             if height > visual.offheight or width > visual.offwidth:
                 visual.offheight, visual.offwidth = max(height, visual.offheight), max(width, visual.offwidth)
                 if physics._contexts:
@@ -278,7 +313,7 @@ class DMCWrapper(gym.Env):
                 with uninterrupted():
                     _ = physics.contexts
         except Exception as error:  # of many kinds, by backend and driver
-            raise RendererError(f"no usable renderer ({error}): {INSTALL_HINT}") from error
+            raise renderer_error(error) from error
 
     @property
     def renderer(self) -> tuple[str, bool]:

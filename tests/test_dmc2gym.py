@@ -334,22 +334,161 @@ def test_interrupts_wait_while_a_renderer_is_made():
     assert reached == ["the end", "again"]
 
 
+def run_python(program, **environment):
+    """What a program in a fresh process prints; of this process's environment only what is given here."""
+    environment = {"PATH": "/usr/bin:/bin"} | environment
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert result.stderr == ""
+    return result.stdout
+
+
 def test_import_chooses_a_renderer_before_dm_control():
-    program = "import sys, os, dmc2gym; print(os.environ['MUJOCO_GL'], 'dm_control' in sys.modules)"
-    environment = {"PATH": "/usr/bin:/bin"}
-    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert result.stdout.split()[1] == "False"
-    assert result.stdout.split()[0] in ("egl", "osmesa", "disabled")
+    backend, imported = run_python(
+        "import sys, os, dmc2gym; print(os.environ['MUJOCO_GL'], 'dm_control' in sys.modules)"
+    ).split()
+    assert imported == "False"
+    assert backend in ("egl", "osmesa", "disabled")
 
 
-def test_states_need_no_renderer():
+STATES_THEN_PIXELS = """
+import os, dmc2gym
+print(os.environ["MUJOCO_GL"])
+for from_pixels in (False, True):
+    try:
+        env = dmc2gym.make("quadruped", "escape", from_pixels=from_pixels)
+        env.reset()
+        env.step(env.action_space.sample())
+        print("works", env.unwrapped.renderer[0] if from_pixels else "")
+    except dmc2gym.RendererError as error:
+        print(error)
+"""
+NO_EGL = {"__EGL_VENDOR_LIBRARY_FILENAMES": "/nonexistent"}
+
+
+@pytest.mark.parametrize("variable", ["__EGL_VENDOR_LIBRARY_DIRS", "__EGL_VENDOR_LIBRARY_FILENAMES"])
+def test_an_automatic_choice_falls_back_where_egl_loads_but_does_not_work(variable):
+    backend, states, pixels = run_python(STATES_THEN_PIXELS, **{variable: "/nonexistent"}).splitlines()
+    assert states == "works "
+    if backend == "osmesa":
+        assert pixels.endswith("through osmesa")
+    else:
+        assert backend == "disabled"
+        assert f"{variable}=/nonexistent is set" in pixels
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"MUJOCO_EGL_DEVICE_ID": "999"},
+        {"PYOPENGL_PLATFORM": "glx"},
+        {"MUJOCO_GL": "disabled"},
+        {"MUJOCO_GL": "glfw"},
+    ],
+)
+def test_states_work_and_pixels_name_the_variable_that_the_user_set(chosen):
+    _, states, pixels = run_python(STATES_THEN_PIXELS, **chosen).splitlines()
+    assert states == "works "
+    (variable,) = chosen
+    assert f"; {variable}={chosen[variable]} is set: unset it" in pixels
+    assert "apt-get" not in pixels
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"MUJOCO_GL": "egl", "MUJOCO_EGL_DEVICE_ID": "999"},
+        {"MUJOCO_GL": "egl", "MUJOCO_EGL_DEVICE_ID": "abc"},
+        {"MUJOCO_GL": "egl", "PYOPENGL_PLATFORM": "glx"},
+        {"MUJOCO_GL": "vulkan"},
+        {"MUJOCO_GL": "egl"} | NO_EGL,
+    ],
+)
+def test_a_choice_that_does_not_work_is_refused_by_name(chosen):
+    for line in run_python(STATES_THEN_PIXELS, **chosen).splitlines()[1:]:
+        assert line.startswith("no usable renderer (")
+        assert all(f"{variable}={value}" in line for variable, value in chosen.items())
+        assert "apt-get" not in line
+
+
+def test_what_was_chosen_here_is_not_said_to_be_the_users():
+    program = (
+        "import os, subprocess, sys, dmc2gym\n"
+        "from dmc2gym.rendering import renderer_error\n"
+        "print(renderer_error(RuntimeError('why')), flush=True)\n"
+        "if len(sys.argv) == 1: subprocess.run([sys.executable, '-c', sys.orig_argv[2], 'below'], check=True)"
+    )
+    lines = run_python(program).splitlines()
+    assert len(lines) == 2  # here, and in a process below
+    assert all(line.startswith("no usable renderer (why); on Debian") for line in lines)
+
+
+def test_every_task_works_on_states_without_a_renderer():
     program = (
         "import dmc2gym\n"
-        "env = dmc2gym.make('cheetah', 'run'); env.reset(); env.step(env.action_space.sample())\n"
-        "try: env.render()\n"
-        "except dmc2gym.RendererError as error: print(error)"
+        "for domain, task in dmc2gym.task_names():\n"
+        "    env = dmc2gym.make(domain, task); env.reset(seed=1)\n"
+        "    for _ in range(3): env.step(env.action_space.sample())\n"
+        "    env.reset(); env.close(); print(domain, task)"
     )
-    environment = {"PATH": "/usr/bin:/bin", "MUJOCO_GL": "disabled"}
-    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert "libegl1 libgl1-mesa-dri" in result.stdout
-    assert result.stderr == ""
+    assert len(run_python(program, MUJOCO_GL="disabled").splitlines()) == len(dmc2gym.task_names())
+
+
+def test_a_terrain_is_drawn_as_it_was_made(make):
+    """A renderer that starts after a reset shows the terrain of that reset, and later ones theirs."""
+    late, early = make("quadruped", "escape"), make("quadruped", "escape", from_pixels=True)
+    for seed in (3, 4):
+        late.reset(seed=seed)
+        assert np.array_equal(late.render(), early.reset(seed=seed)[0].transpose(1, 2, 0))
+
+
+@pytest.mark.parametrize("from_pixels", [False, True])
+@pytest.mark.parametrize("frame_skip", [1, 4])
+def test_a_simulation_that_diverges_ends_the_episode(make, from_pixels, frame_skip):
+    env = make("cheetah", "run", from_pixels=from_pixels, frame_skip=frame_skip)
+    env.reset(seed=1)
+    before, *_ = env.step(np.ones(6, np.float32))
+    env.unwrapped.physics.data.qvel[:] = 1e12
+    obs, reward, terminated, truncated, info = env.step(np.ones(6, np.float32))
+    assert np.array_equal(obs, before)
+    assert (reward, terminated, truncated, info["discount"]) == (0.0, True, False, 0.0)
+    assert "mjWARN_BADQ" in info["physics_error"]
+    env.reset(seed=2)
+    again = make("cheetah", "run", from_pixels=from_pixels, frame_skip=frame_skip)
+    again.reset(seed=2)
+    for action in actions((6,), 3):
+        got, want = env.step(action), again.step(action)
+        assert np.array_equal(got[0], want[0])
+        assert "physics_error" not in got[4]
+
+
+@pytest.mark.parametrize(("failures", "works"), [(1, True), (9, True), (10, False)])
+def test_a_simulation_that_diverges_at_a_reset_is_reset_again(make, failures, works):
+    from dm_control.rl.control import PhysicsError
+
+    env = make("cheetah", "run")
+    task, left = env.unwrapped._env.task, [failures]
+    begin = task.initialize_episode
+
+    def diverge(physics):
+        begin(physics)
+        left[0] -= 1
+        if left[0] >= 0:
+            raise PhysicsError("invalid")
+
+    task.initialize_episode = diverge
+    if works:
+        assert env.reset(seed=1)[0].shape == (17,)
+    else:
+        with pytest.raises(PhysicsError):
+            env.reset(seed=1)
+
+
+@pytest.mark.parametrize("backend", ["egl", "osmesa"])
+def test_an_environment_that_nobody_closed_prints_nothing_at_exit(backend):
+    program = (
+        "import dmc2gym\n"
+        "try: env = dmc2gym.make('cheetah', 'run', from_pixels=True); env.reset(); print('drawn')\n"
+        "except dmc2gym.RendererError: print('no such renderer here')"
+    )
+    assert run_python(program, MUJOCO_GL=backend)  # and nothing on stderr
