@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cuda_graph import GraphedAgent
 from evaluation import SideBySide
+from precision import check_bf16
 from sac_ae import SacAeAgent
 from utils import ReplayBuffer, set_seed_everywhere
 
@@ -39,6 +40,7 @@ OBS_SHAPE, ACTION_SHAPE, BATCH_SIZE = (9, 84, 84), (6,), 128
 STATE_SHAPE = (17,)
 EPISODE_LENGTH = 250  # decisions, at an action repeat of 4
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LEAST_ROUNDS, MOST_SECONDS = 3, 40.0  # of a table, whose rounds end early: all of them together take ten minutes
 Results = dict[str, Any]
 
 
@@ -60,10 +62,14 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of each call in turn, round after round, so that all see the machine in the same moods.
 
+    After MOST_SECONDS no round begins, if there were LEAST_ROUNDS.
     After each call `pause` seconds are left to whatever it does in the background, as an update would leave them.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
+    begun = time.perf_counter()
     for index in range(warmup + rounds):
+        if index >= warmup + LEAST_ROUNDS and time.perf_counter() - begun > MOST_SECONDS:
+            break
         for name, call in calls.items():
             synchronize()
             start = time.perf_counter()
@@ -176,7 +182,12 @@ def bench_fill(capacity: int) -> None:
 def bench_update(kind: str, rounds: int) -> Results:
     """Two updates, one of them with the actor, a batch from the replay for each included."""
     agent, plain, obs_shape = make_agents(kind)
-    agents = {"this": agent, "this, bf16": make_agents(kind, "bf16")[0]}
+    agents = {"this": agent}
+    try:
+        check_bf16(DEVICE, filters=32 if kind == "pixel" else 0, hidden_dim=1024)
+        agents["this, bf16"] = make_agents(kind, "bf16")[0]
+    except ValueError as error:
+        print(f"\nNot measured: {error}")
     if DEVICE.type == "cuda":
         agents["this, fp32"] = make_agents(kind, "fp32")[0]
         agents["this, tf32"] = make_agents(kind, "tf32")[0]
@@ -367,9 +378,16 @@ def bench_train(kind: str, rounds: int) -> Results:
 
 def machine() -> Results:
     """What this was measured on."""
-    name = torch.cuda.get_device_name(DEVICE) if DEVICE.type == "cuda" else platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    models = [
+        line.partition(": ")[2]
+        for line in (information.read_text().splitlines() if information.exists() else [])
+        if line.startswith("model name")
+    ]
+    name = torch.cuda.get_device_name(DEVICE) if DEVICE.type == "cuda" else [*models, platform.machine()][0]
     return {
         "device": name,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

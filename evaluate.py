@@ -23,7 +23,7 @@ import dmc2gym
 import train  # before whatever else imports PyTorch: it sets how that one's threads wait
 from checkpoint import Checkpoint
 from environment import make_env
-from evaluation import SideBySide, WorkerError, play
+from evaluation import MAX_ENVS, SideBySide, WorkerError, play
 from sac_ae import SacAeAgent
 from signals import hear_interrupts
 from video import write_video
@@ -57,7 +57,7 @@ def make_parser() -> train.OneLineParser:
 
     parser.add_argument("work_dir", help="a run's folder, or a folder of models")
     parser.add_argument("--step", type=train.number(int, 0), help="decisions after which they were saved; None: newest")
-    parser.add_argument("--episodes", type=train.COUNT, default=10, help="episodes to play, side by side")
+    parser.add_argument("--episodes", type=train.COUNT, default=10, help="episodes to play, up to ten side by side")
     add(parser, "seed", "of the episodes; the same ones for every model, and not those of training", 1_000_000)
     parser.add_argument("--video", help="an mp4 of the first episode, which must not exist yet")
     for name in ("eval_workers", "device"):
@@ -179,6 +179,7 @@ class Evaluation:
         self.flags = training_flags(args, flags_path)
         train.check_task_and_networks(self.flags)
         train.check_device(args.device)
+        train.check_precision(self.flags)
         self.video = None if args.video is None else Path(args.video)
         if self.video is not None:
             check_video(self.video)
@@ -193,21 +194,17 @@ class Evaluation:
             raise ValueError(f"{error}{hint}") from error
         self.seeds = [episode_seed(args.seed, episode) for episode in range(args.episodes)]
         self.envs = SideBySide(
-            functools.partial(make_env, self.flags, self.flags.seed), args.episodes, args.eval_workers
+            functools.partial(make_env, self.flags, self.flags.seed), min(args.episodes, MAX_ENVS), args.eval_workers
         )
         self.scenes: list[np.ndarray] = []
         self.observations: list[np.ndarray] = []
 
     def make_agent(self) -> SacAeAgent:
-        """An agent for the task, after a look at whether that can be drawn where it must be."""
+        """An agent for the task, after a look at whether that can be played, and drawn where it must be."""
         env = make_env(self.flags, self.flags.seed)
-        try:
-            if self.flags.encoder_type == "pixel" or self.video is not None:
-                env.unwrapped.render()
-            self.camera_id = env.unwrapped.camera_id
-            return train.make_agent(self.flags, env.observation_space.shape, env.action_space.shape)
-        finally:
-            env.close()
+        self.camera_id = env.unwrapped.camera_id
+        train.try_out(env, drawn=self.flags.encoder_type == "pixel" or self.video is not None)
+        return train.make_agent(self.flags, env.observation_space.shape, env.action_space.shape)
 
     def play(self) -> np.ndarray:
         """Plays the episodes and keeps what a video needs of the first one; their returns (N,).
@@ -217,10 +214,12 @@ class Evaluation:
             WorkerError, dmc2gym.RendererError: an environment has failed.
         """
         moments = play(self.envs, self.seeds, self.act)
-        for moment in train.with_progress(moments, self.flags.action_repeat):
+        for moment in train.with_progress(moments, len(self.seeds), self.flags.action_repeat):
             if self.video is not None and moment.first_moved:
                 self.scenes.append(self.envs.render(height=PANEL, width=PANEL, camera_id=self.camera_id))
                 self.observations.append(moment.obs[0].copy())
+        for episode, error in moment.physics_errors.items():
+            train.warn_of_divergence(f"episode {episode}, decision {moment.lengths[episode]}", error)
         return moment.returns
 
     def act(self, obs: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Episodes played side by side: some environments here, or spread over processes of their own.
 
-All take a step together, so that one call of the policy serves them all. Episode i is row i of that call's batch,
-whatever the number of processes, and so always gets the same actions.
+All take a step together, so that one call of the policy serves them all. Episode i is always in the same row of the
+same call's batch, whatever the number of processes, and so always gets the same actions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ import numpy as np
 
 from signals import held_signals
 
-Steps = list[tuple[np.ndarray, float, bool]]  # observation, reward, whether the episode is over
+# Observation, reward, whether the episode is over, and why its simulation has diverged, if it has; None of an
+# environment that has nothing to do.
+Step = tuple[np.ndarray, float, bool, str | None] | None
+# Environments at most: each takes memory (84 MB from pixels, drawn in software) and a renderer's context, of which
+# drivers allow few. More episodes are played in waves.
+MAX_ENVS = 10
 
 
 class _Group:
@@ -27,18 +32,22 @@ class _Group:
     def __init__(self, make_env: Callable[[], Any], count: int):
         self._envs = [make_env() for _ in range(count)]
 
-    def reset(self, seeds: Sequence[int]) -> Steps:
-        return [(env.reset(seed=seed)[0], 0.0, False) for env, seed in zip(self._envs, seeds, strict=True)]
+    def reset(self, seeds: Sequence[int | None]) -> list[Step]:
+        """None where the seed is None."""
+        return [
+            None if seed is None else (env.reset(seed=seed)[0], 0.0, False, None)
+            for env, seed in zip(self._envs, seeds, strict=True)
+        ]
 
-    def step(self, actions: Sequence[np.ndarray | None]) -> list[tuple[np.ndarray, float, bool] | None]:
+    def step(self, actions: Sequence[np.ndarray | None]) -> list[Step]:
         """None where the action is None."""
         return [
             None if action is None else self._step(env, action) for env, action in zip(self._envs, actions, strict=True)
         ]
 
-    def _step(self, env: Any, action: np.ndarray) -> tuple[np.ndarray, float, bool]:
-        obs, reward, terminated, truncated, _ = env.step(action)
-        return obs, reward, terminated or truncated
+    def _step(self, env: Any, action: np.ndarray) -> Step:
+        obs, reward, terminated, truncated, info = env.step(action)
+        return obs, reward, terminated or truncated, info.get("physics_error")
 
     def render(self, kwargs: dict[str, Any]) -> np.ndarray:
         return self._envs[0].render(**kwargs)
@@ -178,20 +187,28 @@ class SideBySide:
             raise errors[0]
         return answers
 
+    def _call_each(self, method: str, arguments: Sequence[Any]) -> list[Step]:
+        """Calls one environment for each argument; those that are left over have nothing to do."""
+        return self._call(method, [*arguments, *[None] * (self.num_envs - len(arguments))])
+
     def reset(self, seeds: Sequence[int]) -> np.ndarray:
-        """First observations (N, ...) of the episodes of these seeds."""
-        self._over = np.zeros(self.num_envs, dtype=bool)
-        self._obs = np.stack([obs for obs, _, _ in self._call("reset", seeds)])
+        """First observations (N, ...) of the episodes of these seeds, at most `num_envs`."""
+        self.over = np.zeros(len(seeds), dtype=bool)
+        self.physics_errors: list[str | None] = [None] * len(seeds)
+        self._obs = np.stack([step[0] for step in self._call_each("reset", seeds) if step is not None])
         return self._obs.copy()
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Observations (N, ...), rewards (N,) and which episodes are over (N,); those that were stay as they are."""
-        going = [None if over else action for action, over in zip(actions, self._over, strict=True)]
-        rewards = np.zeros(self.num_envs)
-        for index, result in enumerate(self._call("step", going)):
-            if result is not None:
-                self._obs[index], rewards[index], self._over[index] = result
-        return self._obs.copy(), rewards, self._over.copy()
+        """Observations (N, ...), rewards (N,) and which episodes are over (N,); those that were stay as they are.
+
+        Where a simulation has diverged, `physics_errors` says why.
+        """
+        going = [None if over else action for action, over in zip(actions, self.over, strict=True)]
+        rewards = np.zeros(len(going))
+        for index, step in enumerate(self._call_each("step", going)):
+            if step is not None:
+                self._obs[index], rewards[index], self.over[index], self.physics_errors[index] = step
+        return self._obs.copy(), rewards, self.over.copy()
 
     def render(self, **kwargs: Any) -> np.ndarray:
         """A picture of the first environment."""
@@ -205,38 +222,40 @@ class SideBySide:
 
 
 class Moment(NamedTuple):
-    """N episodes side by side, at their start or after a step.
+    """N episodes at the start of some of them, or after a step of these.
 
-    Observations (N, ...); returns, decisions and which episodes are over, (N,) each.
+    Observations (n, ...) of those that are being played; returns and decisions of all, (N,) each; whether the first
+    episode shows something new; and why episodes have ended where their simulation diverged, by number.
     """
 
     obs: np.ndarray
     returns: np.ndarray
     lengths: np.ndarray
-    over: np.ndarray
-
-    @property
-    def first_moved(self) -> bool:
-        """Whether the first episode shows something new: its start, or what a step has made of it."""
-        return self.lengths[0] == self.lengths.max()
+    first_moved: bool
+    physics_errors: dict[int, str]
 
 
 def play(envs: SideBySide, seeds: Sequence[int], act: Callable[[np.ndarray], np.ndarray]) -> Iterator[Moment]:
-    """Plays one episode of each seed to its end.
+    """Plays one episode of each seed to its end, in waves of as many as there are environments.
 
     Args:
-        envs: as many environments as there are seeds.
+        envs: any number.
         seeds: of the episodes.
-        act: actions (N, A) for observations (N, ...).
+        act: actions (n, A) for observations (n, ...).
     """
-    obs = envs.reset(seeds)
-    returns, lengths, over = (np.zeros(len(seeds), dtype=kind) for kind in (float, float, bool))
-    yield Moment(obs, returns, lengths, over)
-    while not over.all():
-        lengths = lengths + ~over
-        obs, rewards, over = envs.step(act(obs))
-        returns = returns + rewards
-        yield Moment(obs, returns, lengths, over)
+    returns, lengths = np.zeros(len(seeds)), np.zeros(len(seeds), dtype=int)
+    errors: dict[int, str] = {}
+    for start in range(0, len(seeds), envs.num_envs):
+        wave = slice(start, start + envs.num_envs)
+        obs = envs.reset(seeds[wave])
+        yield Moment(obs, returns.copy(), lengths.copy(), start == 0, dict(errors))
+        while not envs.over.all():
+            going = ~envs.over
+            obs, rewards, _ = envs.step(act(obs))
+            returns[wave] += rewards
+            lengths[wave] += going
+            errors |= {start + index: error for index, error in enumerate(envs.physics_errors) if error is not None}
+            yield Moment(obs, returns.copy(), lengths.copy(), start == 0 and bool(going[0]), dict(errors))
 
 
 if __name__ == "__main__":

@@ -43,10 +43,12 @@ from checkpoint import Checkpoint, random_states, set_random_states, set_torch_r
 from cuda_graph import GraphedAgent
 from encoder import conv_output_shape
 from environment import EPISODE_LENGTH, make_env
-from evaluation import Moment, SideBySide, WorkerError, play
+from evaluation import MAX_ENVS, Moment, SideBySide, WorkerError, play
 from files import lock, naming, write_json
 from logger import Logger, NonFiniteLossError, cut_logs
 from memory import place_replay
+from pace import Pace
+from precision import check_bf16
 from sac_ae import SacAeAgent
 from signals import asked_to_stop
 from utils import ReplayBuffer, make_dir, set_seed_everywhere
@@ -262,6 +264,7 @@ def check(args: argparse.Namespace) -> None:
     if args.replay_buffer_capacity < args.batch_size:
         raise ValueError(f"replay_buffer_capacity must be at least batch_size, {args.batch_size}")
     check_device(args.device)
+    check_precision(args)
     check_work_dir(args)
     if args.compile:
         check_compiler()
@@ -294,6 +297,13 @@ def check_device(name: str) -> None:
     except (ValueError, RuntimeError, AssertionError) as error:
         there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
         raise ValueError(f"there is no device {name} here; choose {' or '.join(there)}") from error
+
+
+def check_precision(args: argparse.Namespace) -> None:
+    """Raises ValueError if layers would compute slower in the precision that is asked for than without it."""
+    if args.precision == "bf16":
+        filters = args.num_filters if args.encoder_type == "pixel" else 0
+        check_bf16(torch.device(args.device), filters, args.hidden_dim)
 
 
 def check_work_dir(args: argparse.Namespace) -> None:
@@ -384,6 +394,27 @@ def make_agent(args: argparse.Namespace, obs_shape: tuple[int, ...], action_shap
     return SacAeAgent(obs_shape, action_shape, args.device, **flags)
 
 
+def try_out(env: Any, drawn: bool) -> tuple[str, bool]:
+    """Plays the first decisions in an environment and closes it: what fails must show before anything is written.
+
+    Returns:
+        What draws its pictures, if they are `drawn`, and whether that is software on the CPU.
+
+    Raises:
+        dmc2gym.RendererError: they are to be drawn, and nothing here can.
+    """
+    try:
+        env.reset()
+        for _ in range(3):
+            env.step(env.action_space.sample())
+        if not drawn:
+            return "none", False
+        env.unwrapped.render()
+        return env.unwrapped.renderer
+    finally:
+        env.close()
+
+
 class Stopped(Exception):  # noqa: N818  # no error
     """A signal has asked the run to stop, and it has come to where it can."""
 
@@ -417,12 +448,10 @@ class Run:
         self.updates = 0  # done in it
         self.actions: list[np.ndarray] = []  # of the episode
         self.episode_start, self.episode_reward, self.start_time = 0, 0.0, time.perf_counter()
+        self.pace = Pace(torch.device(args.device))
         self.stopping: int | None = None  # the signal that asks the run to stop
         self.waiting: dict[str, Any] = {"meters": {}}  # what a logger that opens has to print yet
-        self.renderer = ("none", False)
-        if args.encoder_type == "pixel" or args.save_video:
-            self.env.unwrapped.render()  # whatever cannot be drawn must show before anything is written
-            self.renderer = self.env.unwrapped.renderer
+        self.renderer = try_out(make_env(args, args.seed), drawn=args.encoder_type == "pixel" or args.save_video)
         obs_shape = self.env.observation_space.shape
         action_shape = self.env.action_space.shape
         self.agent = make_agent(args, obs_shape, action_shape)
@@ -452,13 +481,6 @@ class Run:
         device = torch.device(args.device)
         name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else f" ({cores()} cores)"
         yield f"device: {args.device}{name}"
-        days = (args.num_train_steps - self.step) / 86400
-        at_full_size = (args.image_size, args.num_filters, args.batch_size) >= (84, 32, 128)
-        if device.type == "cpu" and args.encoder_type == "pixel" and at_full_size and days > 0.05:
-            yield (
-                f"note: without a GPU expect about one update a second, {days:.1f} days for this run; "
-                "`make demo` shows everything in minutes"
-            )
         renderer, software = self.renderer
         yield f"renderer: {renderer}"
         if software:
@@ -496,7 +518,7 @@ class Run:
         self.lock = lock(self.work_dir / ".lock")
         # Every episode brings its own seed; of `make_env`'s, only LQR's springs come.
         make_eval_env = functools.partial(make_env, args, args.seed)
-        self.eval_envs = SideBySide(make_eval_env, args.num_eval_episodes, args.eval_workers)
+        self.eval_envs = SideBySide(make_eval_env, min(args.num_eval_episodes, MAX_ENVS), args.eval_workers)
         try:
             if args.resume and self.checkpoint.exists():
                 lines = self.restore()
@@ -619,7 +641,8 @@ class Run:
                     self.write_checkpoint()
                 self.begin_episode()
             self.stop_if_asked()
-            self.decide()
+            with self.pace.decision():
+                self.decide()
         self.logger.check_losses()  # of the last episode, if it was cut short
         self.save(self.step)
         self.write_checkpoint()
@@ -660,11 +683,15 @@ class Run:
             # The first time, one update for each of the random decisions, all of them at this very step.
             due = self.args.init_steps if self.step == self.args.init_steps else 1
             for _ in progress(range(self.updates, due), "first updates") if due > 1 else range(self.updates, due):
-                self.agent.update(self.replay, self.logger, self.step)
+                with self.pace.update():
+                    self.agent.update(self.replay, self.logger, self.step)
                 self.updates += 1
+                left = self.args.num_train_steps - self.step
+                if note := self.pace.note(updates=due - self.updates + left - 1, decisions=left):
+                    tqdm.write(note)
                 if self.updates < due:
                     self.stop_if_asked()
-        next_obs, reward, terminated, truncated, _ = self.env.step(self.action)
+        next_obs, reward, terminated, truncated, info = self.env.step(self.action)
         # A time limit is no end of the task: the target bootstraps through it.
         self.replay.add(self.obs, self.action, reward, next_obs, terminated)
         self.obs = next_obs
@@ -672,13 +699,15 @@ class Run:
         self.actions.append(self.action)
         self.action, self.updates = None, 0
         self.step += 1
+        if "physics_error" in info:
+            warn_of_divergence(f"step {self.step}", info["physics_error"])
         if terminated or truncated:
-            self.end_episode()
+            self.end_episode("physics_error" in info)
 
-    def end_episode(self) -> None:
+    def end_episode(self, diverged: bool) -> None:
         """Writes the episode's line, and sees whether an evaluation is due."""
         self.begun = False
-        self.log_episode(self.step)
+        self.log_episode(self.step, diverged)
         if self.step >= self.next_eval:
             self.evaluation_due = True
             self.next_eval = (self.step // self.args.eval_freq + 1) * self.args.eval_freq
@@ -696,11 +725,12 @@ class Run:
             raise NonFiniteLossError(f"the policy's action is no number at step {step}: the run has diverged")
         return action
 
-    def log_episode(self, step: int) -> None:
+    def log_episode(self, step: int, diverged: bool) -> None:
         """The line of the episode that ended when `step` decisions had been made."""
         duration = time.perf_counter() - self.start_time
         self.logger.log("train/episode", self.episode, step)
         self.logger.log("train/episode_reward", self.episode_reward, step)
+        self.logger.log("train/physics_errors", int(diverged), step)
         self.logger.log("train/duration", duration, step)
         self.logger.log("train/environment_steps", step * self.args.action_repeat, step)
         self.logger.log("train/decisions_per_second", (step - self.episode_start) / duration, step)
@@ -713,16 +743,19 @@ class Run:
         self.video.init(enabled=True)
         seeds = [self.evaluation_seed(step, episode) for episode in range(args.num_eval_episodes)]
         moments = play(envs, seeds, lambda obs: self.finite(self.agent.select_actions(obs), step))
-        for moment in with_progress(moments, args.action_repeat):
+        for moment in with_progress(moments, len(seeds), args.action_repeat):
             self.stop_if_asked()  # an evaluation that was broken off is played anew
             if moment.first_moved:
                 self.video.record(envs)
-            if args.save_tb and not moment.over[0]:
-                seen.append(moment.obs[0].copy())
+                if args.save_tb:
+                    seen.append(moment.obs[0].copy())
+        for episode, error in moment.physics_errors.items():
+            warn_of_divergence(f"step {step}, evaluation episode {episode}, decision {moment.lengths[episode]}", error)
         self.save_video(step)
         duration = time.perf_counter() - start_time
         self.logger.log("eval/episode_reward", moment.returns.sum(), step, n=len(seeds))
         self.logger.log("eval/episode_reward_std", moment.returns.std(), step)  # between this evaluation's episodes
+        self.logger.log("eval/physics_errors", len(moment.physics_errors), step)
         self.logger.log("eval/duration", duration, step)
         self.logger.log("eval/environment_steps", step * args.action_repeat, step)
         self.logger.log("eval/decisions_per_second", moment.lengths.sum() / duration, step)
@@ -822,9 +855,15 @@ def remove(paths: Iterable[Path]) -> None:
             path.unlink()
 
 
-def with_progress(moments: Iterator[Moment], action_repeat: int) -> Iterator[Moment]:
+def warn_of_divergence(where: str, error: str) -> None:
+    """Says on stderr that an episode has ended because its simulation diverged."""
+    tqdm.write(f"warning: the simulation diverged at {where}, which ends the episode: {error}", file=sys.stderr)
+
+
+def with_progress(moments: Iterator[Moment], episodes: int, action_repeat: int) -> Iterator[Moment]:
     """The moments of an evaluation, with a bar that counts its steps."""
-    with progress(range(math.ceil(EPISODE_LENGTH / action_repeat)), "evaluation") as bar:
+    waves = math.ceil(episodes / MAX_ENVS)
+    with progress(range(waves * math.ceil(EPISODE_LENGTH / action_repeat)), "evaluation") as bar:
         for moment in moments:
             if moment.lengths.any():
                 bar.update()

@@ -20,7 +20,9 @@ import torch
 from test_train import METHODS, SMALL, read_log
 from toy import make_sliding_env
 
+import dmc2gym
 import evaluate
+import precision
 import train
 from environment import make_env
 
@@ -134,12 +136,38 @@ def test_the_same_as_in_training(runs, monkeypatch, method, step):
     assert logged[0] != logged[20]
 
 
-def test_a_run_in_bfloat16_is_played_in_it(runs, run):
+def test_a_run_in_bfloat16_is_played_in_it(runs, run, monkeypatch):
+    monkeypatch.setattr(precision, "bf16_ratio", lambda *_: 0.5)
     flags = json.loads((run / "args.json").read_text())
     (run / "args.json").write_text(json.dumps(flags | {"precision": "bf16"}))
     in_bf16 = play(run, "--episodes", 2)
     assert in_bf16 == play(runs / "sac_ae", "--episodes", 2, "--precision", "bf16")
     assert in_bf16 != play(run, "--episodes", 2, "--precision", "fp32") == play(runs / "sac_ae", "--episodes", 2)
+
+
+def test_bfloat16_is_refused_where_it_is_slower(runs, capsys, monkeypatch):
+    monkeypatch.setattr(precision, "bf16_ratio", lambda *_: 10.6)
+    with pytest.raises(SystemExit) as exit_:
+        evaluate.main([str(runs / "sac_ae"), "--precision", "bf16", *CPU])
+    assert exit_.value.code == 2
+    assert "takes 10.6 times as long" in capsys.readouterr().err
+    assert len(play(runs / "sac_ae", "--episodes", 1, "--precision", "fp32")) == 1
+
+
+def test_a_simulation_that_diverges_ends_an_episode(runs, capsys, monkeypatch):
+    step = dmc2gym.DMCWrapper.step
+
+    def diverge(env, action):
+        env.physics.data.qvel[:] = 1e12
+        return step(env, action)
+
+    monkeypatch.setattr(dmc2gym.DMCWrapper, "step", diverge)
+    assert evaluate.main([str(runs / "sac_state"), "--episodes", "2", *CPU]) == 0
+    output = capsys.readouterr()
+    assert "mean 0.0000" in output.out
+    assert [line.split(", which")[0] for line in output.err.splitlines()] == [
+        f"warning: the simulation diverged at episode {episode}, decision 1" for episode in (0, 1)
+    ]
 
 
 def test_processes_change_nothing(runs, tmp_path):

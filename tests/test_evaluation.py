@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from test_train import SMALL, read_log, without_times
+from test_train import METHODS, SMALL, read_log, without_times
 
 import dmc2gym
+import evaluation
 import train
 from evaluation import SideBySide, WorkerError
 
@@ -91,6 +92,49 @@ def test_episodes_of_different_lengths(num_workers):
     assert sum(rewards for _, rewards, _ in steps).tolist() == [1, 4, 2]
     assert steps[-1][0].tolist() == [[0], [0], [0]]
     envs.close()
+
+
+class Weakling(Countdown):
+    """Its simulation diverges at the last step of even seeds."""
+
+    def reset(self, seed):
+        self.seed = seed
+        return super().reset(seed)
+
+    def step(self, action):
+        obs, reward, terminated, truncated, _ = super().step(action)
+        return obs, reward, terminated, truncated, {"physics_error": "why"} if terminated and self.seed % 2 == 0 else {}
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+@pytest.mark.parametrize("num_envs", [1, 2, 3, 9])
+def test_waves_play_every_episode_once(num_workers, num_envs):
+    envs, seeds, batches = SideBySide(Weakling, num_envs, num_workers), [3, 1, 4, 1, 5, 2, 6], []
+
+    def act(obs):
+        batches.append(len(obs))
+        return np.zeros((len(obs), 1))
+
+    moments = list(evaluation.play(envs, seeds, act))
+    envs.close()
+    assert moments[-1].returns.tolist() == moments[-1].lengths.tolist() == seeds
+    assert moments[-1].physics_errors == {2: "why", 5: "why", 6: "why"}
+    assert sum(moment.first_moved for moment in moments) == 4  # its start, and three steps
+    assert [moment.obs[0][0] for moment in moments if moment.first_moved] == [3, 2, 1, 0]
+    waves = [seeds[start : start + num_envs] for start in range(0, len(seeds), num_envs)]
+    assert batches == [len(wave) for wave in waves for _ in range(max(wave))]
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_the_number_of_environments_does_not_grow_with_the_episodes(tmp_path, monkeypatch, num_workers):
+    """Nor with the processes; each takes memory, and a renderer's context, of which drivers allow few."""
+    made = []
+    side_by_side = train.SideBySide
+    monkeypatch.setattr(train, "SideBySide", lambda *args: made.append(args[1:]) or side_by_side(*args))
+    flags = "--num_train_steps 1 --num_eval_episodes 23 --action_repeat 500".split()
+    workers = ["--eval_workers", str(num_workers)]
+    assert train.main([*SMALL, *METHODS["sac_state"], *flags, *workers, "--work_dir", str(tmp_path)]) == 0
+    assert made == [(evaluation.MAX_ENVS, num_workers)]
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

@@ -21,8 +21,12 @@ from terminal import reader
 from test_logger import read_events
 from toy import BarEnv, CountingEnv
 
+import dmc2gym
 import environment
+import pace
+import precision
 import train
+from pace import Pace
 from utils import FrameStack
 from video import write_video
 
@@ -436,15 +440,132 @@ def test_video_without_ffmpeg_is_refused(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("backend", ["disabled", "nonsense", "egl", "glfw"])
 def test_no_renderer_is_refused(tmp_path, backend):
     # Without a vendor's library EGL itself is there but has nothing to render with.
-    environment = {key: value for key, value in os.environ.items() if "DISPLAY" not in key}
+    environment = {
+        key: value for key, value in os.environ.items() if "DISPLAY" not in key and key != "DMC2GYM_RENDERER"
+    }
     environment |= {"MUJOCO_GL": backend, "__EGL_VENDOR_LIBRARY_FILENAMES": str(tmp_path / "none.json")}
     command = [sys.executable, "train.py", "--work_dir", str(tmp_path / "log")]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stdout == ""
-    assert "libegl1 libgl1-mesa-dri" in result.stderr
+    assert f"MUJOCO_GL={backend}" in result.stderr
+    assert "unset it" in result.stderr
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "log").exists()
+
+
+def test_states_need_no_renderer_that_works(tmp_path):
+    """EGL is there but does not work, and nobody has chosen it: a run that draws nothing is not disturbed."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("MUJOCO_GL", "DMC2GYM_RENDERER")}
+    environment |= {"__EGL_VENDOR_LIBRARY_DIRS": "/nonexistent"}
+    flags = [*SMALL, *METHODS["sac_state"], "--num_train_steps", "2", "--work_dir", str(tmp_path / "log")]
+    result = subprocess.run(
+        [sys.executable, "train.py", *flags], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("method", ["reset", "step", "render"])
+def test_what_fails_in_the_first_steps_fails_before_anything_is_written(tmp_path, monkeypatch, method):
+    def fail(*_, **__):
+        raise LookupError("nothing to draw with")
+
+    monkeypatch.setattr(dmc2gym.DMCWrapper, method, fail)
+    with pytest.raises(LookupError):
+        train.main([*SMALL, "--work_dir", str(tmp_path / "log")])
+    assert not (tmp_path / "log").exists()
+
+
+def test_bfloat16_is_refused_where_it_is_slower(tmp_path, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(precision, "bf16_ratio", lambda *sizes: asked.append(sizes) or 10.6)
+    line = "precision bf16 takes 10.6 times as long as fp32 on this processor, which lacks the instructions for it (AMX"
+    assert_refused(tmp_path / "log", capsys, ["--precision", "bf16"], line)
+    assert_refused(tmp_path / "log", capsys, ["--precision", "bf16", *METHODS["sac_state"]], line)
+    assert asked == [(32, 1024), (0, 1024)]
+    assert not (tmp_path / "log").exists()
+    assert (
+        train.main([*SMALL, *METHODS["sac_state"], "--num_train_steps", "2", "--work_dir", str(tmp_path / "log")]) == 0
+    )
+    assert len(asked) == 2  # nobody else waits for it
+
+
+def test_bfloat16_is_refused_on_a_gpu_without_it(monkeypatch):
+    supported = [False]
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported[0])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old one")
+    with pytest.raises(ValueError, match="an old one"):
+        precision.check_bf16(torch.device("cuda"), 32, 1024)
+    supported[0] = True
+    precision.check_bf16(torch.device("cuda"), 32, 1024)
+
+
+@pytest.mark.parametrize("filters", [0, 8])
+def test_asking_for_bfloat16_changes_nothing(filters):
+    before = torch.get_rng_state(), torch.get_num_threads()
+    assert precision.bf16_ratio(filters, 64) > 0
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert torch.get_num_threads() == before[1]
+
+
+@pytest.mark.parametrize(("update", "said"), [(2.0, True), (0.001, False)])
+def test_the_time_that_is_left_is_said_once(monkeypatch, update, said):
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    timer, notes = Pace(torch.device("cpu")), []
+    for step in range(10):
+        with timer.decision():
+            for _ in range(0 if step < 2 else 10):
+                with timer.update():
+                    clock[0] += 60 if step == 2 else update  # the first ones warm up
+                notes.append(timer.note(updates=36000, decisions=7200))
+            clock[0] += 0.5
+    # The first ten updates took a minute each, and five of them warm up.
+    notes = [note for note in notes if note is not None]
+    mean = (5 * 60 + 15 * update) / 20
+    left = (36000 * mean + 7200 * 0.5) / 86400
+    assert notes == [
+        f"note: an update takes {mean:.3g} s, the rest of a decision 0.5 s: {left:.1f} days are left, "
+        "evaluations not counted"
+    ]
+    timer, notes = Pace(torch.device("cpu")), []
+    for _ in range(30):
+        with timer.decision(), timer.update():
+            clock[0] += update
+        notes.append(timer.note(updates=3600, decisions=3600))
+    assert sum(note is not None for note in notes) == said
+
+
+def test_a_long_run_says_how_long_it_takes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pace, "_WORTH_SAYING", 0.0)
+    assert train.main([*SMALL, *METHODS["sac_state"], "--work_dir", str(tmp_path / "log")]) == 0
+    assert capsys.readouterr().out.count("note: an update takes ") == 1
+
+
+def test_a_simulation_that_diverges_ends_an_episode_not_the_run(tmp_path, capsys, monkeypatch):
+    """In training and in evaluation; the run goes on, and its logs count such ends."""
+    step, steps = dmc2gym.DMCWrapper.step, []
+
+    def diverge(env, action):
+        steps.append(env)
+        if len([each for each in steps if each is env]) == 5:  # of each environment
+            env.physics.data.qvel[:] = 1e12
+        return step(env, action)
+
+    monkeypatch.setattr(dmc2gym.DMCWrapper, "step", diverge)
+    folder = tmp_path / "log"
+    flags = [*SMALL, *METHODS["sac_state"], "--num_train_steps", "260", "--eval_freq", "130", "--init_steps", "100"]
+    assert train.main([*flags, "--work_dir", str(folder)]) == 0
+    stderr = capsys.readouterr().err.splitlines()
+    assert [line.split(", which")[0] for line in stderr] == [
+        "warning: the simulation diverged at step 0, evaluation episode 0, decision 5",
+        "warning: the simulation diverged at step 0, evaluation episode 1, decision 5",
+        "warning: the simulation diverged at step 5",
+    ]
+    assert [record["physics_errors"] for record in read_log(folder / "eval.log")] == [2, 0]
+    assert [record["physics_errors"] for record in read_log(folder / "train.log")] == [1, 0, 0]
+    assert [record["step"] for record in read_log(folder / "train.log")] == [5, 130, 255]
+    assert all(math.isfinite(value) for record in read_log(folder / "train.log") for value in record.values())
 
 
 def test_help_shows_every_flag_with_its_default(capsys):
@@ -503,8 +624,6 @@ def test_first_lines(tmp_path):
     for software in (False, True):
         run.renderer = ("a name", software)
         assert any("renderer is software" in line for line in run.describe()) == software
-    run.args.num_train_steps, run.args.num_filters, run.args.image_size, run.args.batch_size = 86_400, 32, 84, 128
-    assert any("without a GPU expect about one update a second, 1.0 days" in line for line in run.describe())
     run.args.num_train_steps = run.args.init_steps = 60
     assert list(run.describe())[-1].startswith("note: nothing will be learned")
     run.env.close()
