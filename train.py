@@ -492,7 +492,9 @@ class Run:
         yield f"replay: {in_bytes(replay.nbytes)} {place} for {replay.capacity:,} transitions"
         free = shutil.disk_usage(existing_part(self.checkpoint.folder)).free
         yield f"checkpoints: up to {in_bytes(replay.nbytes)} in {self.checkpoint.folder}, {in_bytes(free)} free"
-        if free < replay.nbytes:
+        if args.save_buffer:
+            yield f"saved replay: up to {in_bytes(replay.nbytes)} more in {self.work_dir / 'buffer'}"
+        if free < replay.nbytes * (2 if args.save_buffer else 1):
             yield "warning: the disk may be full before the run ends; it could then go on elsewhere, or with less to do"
         for name in ("actor", "critic", "decoder"):
             network = getattr(self.agent, name)
