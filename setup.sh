@@ -19,7 +19,7 @@ install() {
     fi
 }
 
-# Wheels of PyTorch and MuJoCo are for 64 bits, and of scikit-image, dm-tree and others for builds with the usual lock.
+# PyTorch and MuJoCo have wheels for 64 bits only, and gRPC, for TensorBoard, has none for free-threaded builds.
 works() {
     "$1" -c 'import sys, sysconfig
 sys.exit(not (3, 11) <= sys.version_info < (3, 15) or sys.implementation.name != "cpython" or sys.maxsize < 2**32
