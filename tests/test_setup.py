@@ -103,6 +103,11 @@ def test_an_environment_of_another_python_or_half_made_is_made_anew(tmp_path):
     assert commands == [made_anew, made_anew]
 
 
+def test_a_python_that_is_named_to_make_is_looked_at_each_time():
+    result = subprocess.run(["make", "-n", "PYTHON=some-python", "train"], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.splitlines()[0] == "./setup.sh .venv requirements.txt some-python"
+
+
 def markers(name):
     """Each requirement of a file, and of those it includes, by its name in pip's spelling."""
     for line in (ROOT / name).read_text().splitlines():
@@ -158,7 +163,7 @@ def test_pip_by_itself_refuses_the_same(version, implementation, refused):
 def test_readme_conda_and_ci_name_the_same_versions():
     readme = (ROOT / "README.md").read_text()
     assert "Python 3.11 to 3.14" in readme
-    for name in (*FILES, "conda_env.yml"):
-        assert name in readme or name == "requirements-sweep.txt", name
+    for name in ("requirements.txt", "requirements-suite.txt", "requirements-dev.txt", "conda_env.yml"):
+        assert name in readme
     assert re.findall(r"3\.\d+", (ROOT / "conda_env.yml").read_text()) == ["3.12", "3.11", "3.13", "3.14"]
     assert f"for version in {' '.join(VERSIONS)}; do" in (ROOT / ".ci" / "pythons").read_text()
