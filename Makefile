@@ -1,8 +1,9 @@
 # Every target first makes .venv with what it needs: `make train`, `make demo`, `make sweep`, `make test`, `make lint`.
-# `make test-long` kills more runs and tries more command lines.
+# `make test-long` kills more runs and tries more command lines; `make test-pythons` tests dmc2gym on every Python that is here.
 
-PYTHON ?= python3
 VENV := .venv
+# A PYTHON that is named is looked at each time: where .venv was made of another one, it is made anew.
+NAMED := $(if $(PYTHON),named)
 
 TRAIN_ARGS := --resume --domain_name cheetah --task_name run --encoder_type pixel --decoder_type pixel --action_repeat 4 \
 	--save_video --save_tb --work_dir ./log --seed 1
@@ -10,7 +11,7 @@ DEMO_ARGS := --domain_name cartpole --task_name swingup --encoder_type pixel --d
 	--num_train_steps 500 --init_steps 150 --eval_freq 250 --num_eval_episodes 2 --batch_size 32 --hidden_dim 256 \
 	--image_size 64 --num_filters 16 --save_video --save_tb --work_dir ./demo_log/$(shell date +%Y-%m-%d_%H-%M-%S)
 
-.PHONY: train demo sweep test test-long lint clean
+.PHONY: train demo sweep test test-long test-pythons lint clean named
 
 train: $(VENV)/installed
 	$(VENV)/bin/python train.py $(TRAIN_ARGS) $(ARGS)
@@ -28,13 +29,16 @@ test: $(VENV)/installed-dev
 test-long: $(VENV)/installed-dev
 	LONG_TESTS=1 $(VENV)/bin/python -m pytest -n 2
 
+test-pythons:
+	.ci/pythons
+
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
-$(VENV)/installed: requirements.txt setup.sh
-	./setup.sh $(PYTHON) $(VENV) requirements.txt
+$(VENV)/installed: requirements.txt requirements-env.txt requirements-suite.txt setup.sh $(NAMED)
+	./setup.sh $(VENV) requirements.txt $(PYTHON)
 	touch $@
 
 $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed

@@ -343,6 +343,15 @@ def run_python(program, **environment):
     return result.stdout
 
 
+def test_triton_is_imported_before_anything_can_render(tmp_path):
+    """Its LLVM and Mesa's crash in the other order; PyTorch imports it with the first optimizer."""
+    (tmp_path / "triton.py").write_text("import sys; print([name for name in sys.modules if 'dmc2gym.' in name])")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", "import dmc2gym"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert (result.stdout, result.stderr) == ("[]\n", "")
+
+
 def test_import_chooses_a_renderer_before_dm_control():
     backend, imported = run_python(
         "import sys, os, dmc2gym; print(os.environ['MUJOCO_GL'], 'dm_control' in sys.modules)"
