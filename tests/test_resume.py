@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 import time
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from test_train import read_log, without_times
 import files
 import train
 from checkpoint import Checkpoint
+from signals import STOPPING
 
 ROOT = Path(__file__).parent.parent
 LONG = bool(os.environ.get("LONG_TESTS"))
@@ -574,3 +577,24 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last(tmp_path, monkeypat
         assert checkpoint_of(folder)["run"]["step"] in (80, 160)
         assert train.main([*flags, "--resume"]) == 0
         assert outcome(folder) == uninterrupted()
+
+
+@pytest.mark.parametrize("program", ["train", "evaluate"])
+def test_programs_run_in_any_thread(tmp_path, ended, program):
+    """Where Python lets nobody handle signals: in a notebook's worker, in a server."""
+    import evaluate
+
+    folder, statuses, handlers = tmp_path / "log", [], [signal.getsignal(number) for number in STOPPING]
+    shutil.copytree(ended[1], folder)
+    if program == "train":
+        flags = [*RUN, "--num_train_steps", "95", "--overwrite", "--work_dir", str(folder)]
+        work = functools.partial(train.main, flags)
+    else:
+        flags = ["--episodes", "1", "--device", "cpu", "--eval_workers", "2", "--video", str(tmp_path / "a.mp4")]
+        work = functools.partial(evaluate.main, [str(folder), *flags])
+    thread = threading.Thread(target=lambda: statuses.append(work()))
+    thread.start()
+    thread.join()
+    assert statuses == [0]
+    assert program == "evaluate" or outcome(folder) == outcome(ended[0])
+    assert [signal.getsignal(number) for number in STOPPING] == handlers
