@@ -533,15 +533,17 @@ class SacAeAgent:
         return {"train_ae/ae_loss": loss.detach()}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that updates change: networks, target, log alpha and the optimisers' moments."""
-        return {
-            "networks": {name: network.state_dict() for name, network in self.networks.items()},
-            "log_alpha": self.log_alpha.detach(),
-            "optimizers": {name: optimizer.state_dict()["state"] for name, optimizer in self.optimizers.items()},
-        }
+        """A copy of all that updates change: networks, target, log alpha and the optimisers' moments."""
+        return copy.deepcopy(
+            {
+                "networks": {name: network.state_dict() for name, network in self.networks.items()},
+                "log_alpha": self.log_alpha.detach(),
+                "optimizers": {name: optimizer.state_dict()["state"] for name, optimizer in self.optimizers.items()},
+            }
+        )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave; settings, such as learning rates, stay this agent's.
+        """Copies what `state_dict` gave; settings, such as learning rates, stay this agent's.
 
         Raises:
             ValueError: it is that of an agent of other networks; this one is as it was.
@@ -554,7 +556,8 @@ class SacAeAgent:
             self.log_alpha.copy_(state["log_alpha"])
         for name, optimizer in self.optimizers.items():
             settings = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": state["optimizers"][name], "param_groups": settings})
+            moments_of = copy.deepcopy(state["optimizers"][name])  # PyTorch's optimisers would share them
+            optimizer.load_state_dict({"state": moments_of, "param_groups": settings})
             for parameter, moments in optimizer.state.items():
                 for key, value in moments.items():
                     if value.shape == parameter.shape and key != "step":  # in the parameter's layout in memory

@@ -210,6 +210,40 @@ def test_compiled_losses_are_the_same(name):
         assert loss == pytest.approx(want, rel=1e-8)
 
 
+def storages(state):
+    """Where in memory the tensors in a nest of dictionaries lie."""
+    if isinstance(state, torch.Tensor):
+        return {state.untyped_storage().data_ptr()}
+    return set().union(*map(storages, state.values())) if isinstance(state, dict) else set()
+
+
+def live_storages(agent):
+    tensors = [parameter for network in agent.networks.values() for parameter in network.parameters()]
+    states = [state for optimizer in agent.optimizers.values() for state in optimizer.state.values()]
+    return storages(dict(enumerate([*tensors, agent.log_alpha, *states])))
+
+
+@pytest.mark.parametrize("kind", ["pixel", "state"])
+def test_agents_share_no_memory(kind):
+    """Not with the state they gave, nor with the one they took: what one learns, the other does not."""
+    case = golden.load_case(kind)["case"] | {"updates": 2}
+    a, b = golden.make_agent(case), golden.make_agent(case)
+    agent_updates(a, case, np.random.RandomState(1))
+    state = a.state_dict()
+    b.load_state_dict(state)
+    assert not storages(state) & live_storages(a)
+    assert not storages(state) & live_storages(b)
+    assert not live_storages(a) & live_storages(b)
+    before = copy.deepcopy(state)
+    agent_updates(b, case, np.random.RandomState(2))
+    agent_updates(a, case, np.random.RandomState(3))
+    a.load_state_dict(state)
+    for held in (state, a.state_dict()):
+        torch.testing.assert_close(held, before, rtol=0, atol=0)
+    steps = {float(moments["step"]) for moments in b.critic_optimizer.state.values()}
+    assert steps == {4}
+
+
 def set_switches(setting):
     """PyTorch's default for `default`, else what a program has set: the old switches, or new ones of one name."""
     backends = torch.backends
