@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import random
-import uuid
 import zlib
 from pathlib import Path
 from typing import Any
@@ -33,28 +32,24 @@ class Checkpoint:
     def __init__(self, folder: Path):
         self.folder = folder
         self._index = folder / _INDEX
+        self._state: str | None = None  # the file of tensors that the index names
 
-    def begin(self, args: dict[str, Any]) -> None:
+    def begin(self, args: dict[str, Any], owner: str) -> None:
         """Makes the folder that of a run with these flags, without a checkpoint yet.
 
-        At every moment it is what it was, or that.
+        At every moment its index is what it was, or says so. Other files in it stay.
+
+        Args:
+            args: the flags of the run.
+            owner: name of the run's replay, which the run's files bear.
         """
-        if self.folder.is_dir():
-            self._write({"version": _VERSION, "args": args, "run": None})
-            for path in self.folder.iterdir():
-                if path != self._index:
-                    path.unlink()
-            return
-        self.folder.unlink(missing_ok=True)
-        temporary = self.folder.with_name(f".{self.folder.name}.tmp")
-        temporary.mkdir(parents=True, exist_ok=True)
-        Checkpoint(temporary)._write({"version": _VERSION, "args": args, "run": None})
-        temporary.rename(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write({"version": _VERSION, "args": args, "run": None}, owner)
         sync_folder(self.folder.parent)
 
-    def _write(self, content: dict[str, Any]) -> None:
+    def _write(self, content: dict[str, Any], owner: str) -> None:
         content = json.loads(to_json(content))
-        write_json(self._index, {"crc32": zlib.crc32(to_json(content).encode()), "content": content})
+        write_json(self._index, {"crc32": zlib.crc32(to_json(content).encode()), "content": content}, owner)
 
     def exists(self) -> bool:
         """Whether there is a checkpoint.
@@ -62,7 +57,11 @@ class Checkpoint:
         Raises:
             ValueError: whether there is one cannot be said; the message names a file.
         """
-        return self.folder.exists() and self._read()["run"] is not None
+        return self.begun() and self._read()["run"] is not None
+
+    def begun(self) -> bool:
+        """Whether a run has made the folder its own, with a checkpoint or without one yet."""
+        return self._index.exists()
 
     def args(self) -> dict[str, Any]:
         """The flags of the run.
@@ -125,12 +124,16 @@ class Checkpoint:
             OSError: it cannot be written; the checkpoint before it is still there.
         """
         replay_index = replay.save_chunks(self.folder)
-        state = write_tensors(self.folder / f"state_{uuid.uuid4().hex}.pt", tensors)
-        self._write({"version": _VERSION, "args": args, "run": run, "state": state, "replay": replay_index})
+        # Two names in turn: what a killed write leaves is overwritten by the next one.
+        name, other = (f"state_{replay.name}_{turn}.pt" for turn in (0, 1))
+        name = other if name == self._state else name
+        state = write_tensors(self.folder / name, tensors, replay.name)
+        index = {"version": _VERSION, "args": args, "run": run, "state": state, "replay": replay_index}
+        self._write(index, replay.name)
         replay.keep_chunks(self.folder, replay_index)
-        for path in [*self.folder.glob("state_*.pt"), *self.folder.glob(".*.tmp")]:
-            if path.name != state.name:
-                path.unlink()
+        if self._state is not None:
+            (self.folder / self._state).unlink(missing_ok=True)
+        self._state = name
 
     def load(self, replay: ReplayBuffer, device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:
         """`run` and `tensors` of the checkpoint, these on the device; the replay's content goes into an empty replay.
@@ -143,6 +146,7 @@ class Checkpoint:
             replay.load_chunks(self.folder, index["replay"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"{self._index} is damaged: {error}") from error
+        self._state = index["state"][0]
         return index["run"], tensors
 
 

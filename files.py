@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import uuid
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,13 +29,17 @@ class Written(NamedTuple):
     crc32: int
 
 
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
+def write_atomically(path: Path, content: bytes | memoryview, owner: str | None = None) -> None:
     """Puts a file in place once all of it is on the disk; what was there before stays until then.
+
+    Args:
+        owner: the unique name of who writes. Until then the file is `.OWNER.tmp`: what a killed write leaves, the
+            owner's next write in the folder takes away. Without one the name is always a new one.
 
     Raises:
         OSError: it names the file.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{owner or uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(content)
@@ -96,12 +101,12 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def write_tensors(path: Path, content: Any) -> Written:
-    """Writes tensors in dictionaries and lists, atomically."""
+def write_tensors(path: Path, content: Any, owner: str | None = None) -> Written:
+    """Writes tensors in dictionaries and lists, as `write_atomically` does."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     with buffer.getbuffer() as view:
-        write_atomically(path, view)
+        write_atomically(path, view, owner)
         return Written(path.name, len(view), zlib.crc32(view))
 
 
@@ -131,9 +136,9 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file, atomically; arrays become lists."""
-    write_atomically(path, (to_json(content) + "\n").encode())
+def write_json(path: Path, content: Any, owner: str | None = None) -> None:
+    """Writes a JSON file, as `write_atomically` does; arrays become lists."""
+    write_atomically(path, (to_json(content) + "\n").encode(), owner)
 
 
 def to_json(content: Any) -> str:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
+import os
 import sys
+import uuid
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -39,6 +43,8 @@ FREE = {
     *("checkpoint_minutes", "checkpoint_freq", "eval_freq", "eval_workers", "num_eval_episodes"),
     *("save_tb", "save_model", "save_buffer", "save_video"),
 }
+FILES = ("curves.png", "curves.svg", "scores.md", "scores.csv", "evaluations.csv")
+MADE = ".plot.json"
 RESAMPLES = 10_000
 matplotlib.rcParams["svg.hashsalt"] = "curves"  # the same runs give the same file
 
@@ -80,7 +86,9 @@ def find_runs(folders: Iterable[Path]) -> Iterator[Run]:
     found: set[Path] = set()
     for folder in folders:
         paths = sorted(path.parent for path in folder.rglob("args.json"))
-        if not paths:
+        if not folder.is_dir():
+            print(f"{folder} {'is no folder' if folder.exists() else 'does not exist'}", file=sys.stderr)
+        elif not paths:
             print(f"{folder}: no run there, nothing with an args.json", file=sys.stderr)
         for path in paths:
             if path.resolve() in found:
@@ -96,13 +104,19 @@ def find_runs(folders: Iterable[Path]) -> Iterator[Run]:
 def read_run(folder: Path) -> Run:
     """A run's evaluations. A last line without its end, which is just being written, is none yet.
 
+    Lines of the authors' script have no `environment_steps`: those are its steps times the action repeat.
+
     Raises:
         OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError: the files are missing or damaged.
     """
     args = json.loads((folder / "args.json").read_text())
     lines = (folder / "eval.log").read_text().splitlines(keepends=True)
     records = [json.loads(line) for line in lines if line.endswith("\n")]
-    steps = np.array([float(record["environment_steps"]) for record in records])
+    repeat = int(args["action_repeat"])
+    taken = (
+        record["environment_steps"] if "environment_steps" in record else record["step"] * repeat for record in records
+    )
+    steps = np.array([float(step) for step in taken])
     returns = np.array([float(record["episode_reward"]) for record in records])
     if not len(steps) or (np.diff(steps) <= 0).any():
         raise ValueError("its evaluations are none, or out of order")
@@ -110,7 +124,7 @@ def read_run(folder: Path) -> Run:
         raise ValueError("its steps or returns are no numbers")
     task = f"{args['domain_name']}_{args['task_name']}"
     method = METHODS[args["encoder_type"], args["decoder_type"]]
-    interval = int(args["eval_freq"]) * int(args["action_repeat"])
+    interval = int(args["eval_freq"]) * repeat
     return Run(folder, task, method, int(args["seed"]), steps, returns, interval, args)
 
 
@@ -336,20 +350,71 @@ def between(estimate: Estimate) -> str:
     return f"{estimate.low:.1f} to {estimate.high:.1f}"
 
 
-def write_table(rows: Sequence[dict[str, str]], out: Path) -> None:
-    """Writes the rows as Markdown and as CSV."""
+def table_text(rows: Sequence[dict[str, str]]) -> str:
+    """The rows as a table in Markdown."""
     names = list(rows[0])
     lines = [names, ["---"] * len(names), *([line[name] for name in names] for line in rows)]
-    out.with_suffix(".md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
-    write_csv(rows, out.with_suffix(".csv"))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def write_csv(rows: Sequence[dict[str, str]], path: Path) -> None:
-    """Writes the rows below a line of their names."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+def csv_text(rows: Sequence[dict[str, str]]) -> str:
+    """The rows as CSV below a line of their names."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def outputs(runs: Sequence[Run], published: Sequence[Score]) -> dict[str, bytes]:
+    """Name and content of each file to write."""
+    figure, pictures = draw(runs, published), {}
+    for name, settings in (("curves.png", {"dpi": 150}), ("curves.svg", {"metadata": {"Date": None}})):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=name[-3:], **settings)
+        pictures[name] = buffer.getvalue()
+    plt.close(figure)
+    rows = table(runs, published)
+    texts = {
+        "scores.md": table_text(rows),
+        "scores.csv": csv_text(rows),
+        "evaluations.csv": csv_text(evaluations(runs)),
+    }
+    return pictures | {name: text.encode() for name, text in texts.items()}
+
+
+def made(out: Path) -> dict[str, list[int]]:
+    """Checksums of what this program has written into a folder, by file: as `.plot.json` there says."""
+    try:
+        sums = json.loads((out / MADE).read_text())
+        return {name: [int(value) for value in sums[name]] for name in FILES}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {name: [] for name in FILES}
+
+
+def foreign(out: Path) -> list[str]:
+    """Files in a folder that this program would overwrite, but has not written, or not as they are now."""
+    sums = made(out)
+    return [name for name in FILES if os.path.lexists(out / name) and checksum(out / name) not in sums[name]]
+
+
+def checksum(path: Path) -> int | None:
+    """CRC-32 of a file's content; None if it cannot be read."""
+    try:
+        return zlib.crc32(path.read_bytes())
+    except OSError:
+        return None
+
+
+def write(out: Path, contents: dict[str, bytes]) -> None:
+    """Writes the files, and first, beside the sums of those that are there, what theirs will be."""
+    there = {name: [value for value in (checksum(out / name),) if value is not None] for name in contents}
+    sums = {name: [*there[name], zlib.crc32(content)] for name, content in contents.items()}
+    (out / MADE).write_text(json.dumps(sums) + "\n")
+    for name, content in contents.items():
+        temporary = out / f".{uuid.uuid4().hex}.tmp"
+        temporary.write_bytes(content)
+        temporary.replace(out / name)
 
 
 def evaluations(runs: Sequence[Run]) -> list[dict[str, str]]:
@@ -385,16 +450,14 @@ def main(argv: list[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"--out {args.out} cannot be made: {error.strerror}")
+    if foreign(args.out):
+        names = ", ".join(foreign(args.out))
+        parser.error(f"--out {args.out} holds files that plot.py has not written ({names}): choose another folder")
     for line in doubts(runs):
         print(line, file=sys.stderr)
-    figure = draw(runs, published)
-    figure.savefig(args.out / "curves.png", dpi=150)
-    figure.savefig(args.out / "curves.svg", metadata={"Date": None})
-    plt.close(figure)
-    rows = table(runs, published)
-    write_table(rows, args.out / "scores")
-    write_csv(evaluations(runs), args.out / "evaluations.csv")
-    print((args.out / "scores.md").read_text(), end="")
+    contents = outputs(runs, published)
+    write(args.out, contents)
+    print(contents["scores.md"].decode(), end="")
     return 0
 
 

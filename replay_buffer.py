@@ -7,6 +7,8 @@ naively, a million transitions of 9 x 84 x 84 take 127 GB; with each frame kept 
 from __future__ import annotations
 
 import math
+import os
+import re
 import uuid
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -237,20 +239,24 @@ class ReplayBuffer:
         """Writes what was added since the last `save`: a chunk `START_END.pt`, then `replay.json`, which lists them.
 
         Either file appears whole or not at all, and a save that is killed leaves the one before it good. Chunks that
-        the rings have overwritten are deleted.
+        the rings have overwritten are deleted; each holds this replay's name, and what does not hold it stays.
 
         Raises:
-            FileExistsError: the folder holds another replay.
+            FileExistsError: the folder holds files of another replay, or of the authors' script.
         """
         folder = Path(save_dir).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / _INDEX
-        if folder not in self._saved and path.exists() and _owner(path) != self.name:
-            raise FileExistsError(f"{path} belongs to another replay, or is damaged: save to an empty folder")
+        self._check_owned(path, *(() if folder in self._saved else _chunks_in(folder)))
         if self.transitions_added:
             index = self.save_chunks(folder)
-            write_json(path, index)
+            write_json(path, index, self.name)
             self.keep_chunks(folder, index)
+
+    def _check_owned(self, *paths: Path) -> None:
+        for path in paths:
+            if os.path.lexists(path) and _owner(path) != self.name:
+                raise FileExistsError(f"{path} belongs to another replay, or is damaged: save to an empty folder")
 
     def save_chunks(self, folder: Path) -> dict[str, Any]:
         """Writes what is not in the folder yet; an index of all that `load_chunks` needs, as JSON can hold it."""
@@ -268,11 +274,11 @@ class ReplayBuffer:
         }
 
     def keep_chunks(self, folder: Path, index: dict[str, Any]) -> None:
-        """Deletes what the index, which must have been written by now, does not list: chunks of before, scraps."""
+        """Deletes this replay's chunks that the index, which must have been written by now, does not list."""
         self._saved[folder.resolve()] = index["chunks"]
         listed = {chunk.file.name for chunk in index["chunks"]}
-        for path in [*folder.glob("[0-9]*_[0-9]*.pt"), *folder.glob(".*.tmp")]:
-            if path.name not in listed:  # overwritten in the ring, or left by a save that was killed
+        for path in _chunks_in(folder):
+            if path.name not in listed and _owner(path) == self.name:  # overwritten in the ring, or of a killed save
                 path.unlink()
 
     def _save_chunk(self, folder: Path, start: int, frames_start: int) -> _Chunk:
@@ -290,7 +296,9 @@ class ReplayBuffer:
             "frames": self.frames.index_select(0, self._ring(frames_start, frames_end)).cpu(),
         }
         content |= {field: torch.from_numpy(getattr(self, field)[places]) for field in _FIELDS}
-        return _Chunk(end, frames_end, write_tensors(folder / f"{start}_{end}.pt", content))
+        path = folder / f"{start}_{end}.pt"
+        self._check_owned(path)
+        return _Chunk(end, frames_end, write_tensors(path, content, self.name))
 
     def _shapes(self) -> list[list[int]]:
         """Shapes of frames, frame numbers and actions, as JSON has them."""
@@ -365,11 +373,26 @@ class ReplayBuffer:
         return [(int(number), self.frames[number % len(self.frames)].cpu().numpy().copy()) for number in ids]
 
 
-def _owner(index: Path) -> str | None:
-    """Name of the replay that has written an index; None if none has."""
+def files_of(folder: Path, name: str) -> list[Path]:
+    """What was written into a folder in the name of a replay: with it in their names, or in their content."""
+    named = [path for path in folder.iterdir() if name in path.name]
+    return named + [path for path in (folder / _INDEX, *_chunks_in(folder)) if _owner(path) == name]
+
+
+def _chunks_in(folder: Path) -> list[Path]:
+    """Files that are named like chunks, as those of the authors' replay are, too."""
+    return [path for path in folder.iterdir() if re.fullmatch(r"[0-9]+_[0-9]+\.pt", path.name)]
+
+
+def _owner(path: Path) -> str | None:
+    """Name of the replay that has written an index or a chunk; None if none has. Tensors are not read."""
     try:
-        return read_json(index)["replay"]
-    except (ValueError, KeyError, TypeError):
+        return (
+            read_json(path)["replay"]
+            if path.name == _INDEX
+            else torch.load(path, mmap=True, weights_only=True)["replay"]
+        )
+    except Exception:  # torch.load raises almost anything on a file that is not its own
         return None
 
 

@@ -104,6 +104,32 @@ def run_mlp(layers: nn.Sequential, inputs: Tensor) -> Tensor:
         return last(inputs.to(last.get_parameter("weight").dtype))
 
 
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """Whether products and convolutions on a GPU may be in TF32; PyTorch's switches are put back at its end.
+
+    From PyTorch 2.9 on those are `fp32_precision`, which must not be mixed with `allow_tf32`. One that follows the
+    switch above it is not touched, so that it goes on to follow.
+    https://docs.pytorch.org/docs/stable/notes/cuda.html#tensorfloat-32-tf32-on-ampere-and-later-devices
+    """
+    backends: Any = torch.backends
+    matmul, cudnn = backends.cuda.matmul, backends.cudnn
+    new = hasattr(cudnn, "fp32_precision")
+    name = "fp32_precision" if new else "allow_tf32"
+    value: Any = ("tf32" if allowed else "ieee") if new else allowed
+    before = []
+    try:
+        for switch in (cudnn, matmul, *([cudnn.conv] if new else [])):
+            if getattr(switch, name) != value:
+                before.append((switch, getattr(switch, name)))
+                setattr(switch, name, value)
+        yield
+    finally:
+        for switch, was in reversed(before):
+            inherited = new and switch is cudnn and was == backends.fp32_precision
+            setattr(switch, name, "none" if inherited else was)
+
+
 class Actor(nn.Module):
     """Policy: encoder, then an MLP to mean and log std of a tanh-squashed Gaussian."""
 
@@ -345,13 +371,8 @@ class SacAeAgent:
             with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
                 yield
         else:
-            matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-            before = matmul.allow_tf32, cudnn.allow_tf32
-            matmul.allow_tf32 = cudnn.allow_tf32 = self.precision == "tf32"
-            try:
+            with _tf32(self.precision == "tf32"):
                 yield
-            finally:
-                matmul.allow_tf32, cudnn.allow_tf32 = before
 
     def _act(self, obs: np.ndarray, sample: bool) -> np.ndarray:
         return self._actions(torch.from_numpy(obs), sample).cpu().numpy()
@@ -512,15 +533,17 @@ class SacAeAgent:
         return {"train_ae/ae_loss": loss.detach()}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that updates change: networks, target, log alpha and the optimisers' moments."""
-        return {
-            "networks": {name: network.state_dict() for name, network in self.networks.items()},
-            "log_alpha": self.log_alpha.detach(),
-            "optimizers": {name: optimizer.state_dict()["state"] for name, optimizer in self.optimizers.items()},
-        }
+        """A copy of all that updates change: networks, target, log alpha and the optimisers' moments."""
+        return copy.deepcopy(
+            {
+                "networks": {name: network.state_dict() for name, network in self.networks.items()},
+                "log_alpha": self.log_alpha.detach(),
+                "optimizers": {name: optimizer.state_dict()["state"] for name, optimizer in self.optimizers.items()},
+            }
+        )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave; settings, such as learning rates, stay this agent's.
+        """Copies what `state_dict` gave; settings, such as learning rates, stay this agent's.
 
         Raises:
             ValueError: it is that of an agent of other networks; this one is as it was.
@@ -533,7 +556,8 @@ class SacAeAgent:
             self.log_alpha.copy_(state["log_alpha"])
         for name, optimizer in self.optimizers.items():
             settings = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": state["optimizers"][name], "param_groups": settings})
+            moments_of = copy.deepcopy(state["optimizers"][name])  # PyTorch's optimisers would share them
+            optimizer.load_state_dict({"state": moments_of, "param_groups": settings})
             for parameter, moments in optimizer.state.items():
                 for key, value in moments.items():
                     if value.shape == parameter.shape and key != "step":  # in the parameter's layout in memory

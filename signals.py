@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,9 +18,10 @@ def asked_to_stop(ask: Callable[[int], None]) -> Iterator[None]:
     """Calls `ask` with the first signal to stop; a second one ends the program at once, unless it is SIGHUP.
 
     Of a closed terminal the shell tells, and so does the system. Nothing that is printed there may fail afterwards.
-    Those that the program was started to ignore, as `nohup` has it do, stay ignored.
+    Those that the program was started to ignore, as `nohup` has it do, stay ignored. Outside the main thread, where
+    Python lets nobody handle signals, they stay as they are.
     """
-    numbers = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+    numbers = [number for number in STOPPING if _in_main_thread() and signal.getsignal(number) is not signal.SIG_IGN]
     terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
     def hear(number: int, _frame: Any) -> None:
@@ -55,6 +57,10 @@ def held_signals(numbers: Sequence[int] = STOPPING) -> Iterator[None]:
 
 
 def hear_interrupts() -> None:
-    """From now on Ctrl-C raises KeyboardInterrupt, unless this program was started to ignore it."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+    """From now on Ctrl-C raises KeyboardInterrupt, unless this program was started to ignore it, or in a thread."""
+    if _in_main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

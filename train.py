@@ -28,7 +28,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,6 +39,7 @@ from torch import nn
 from tqdm import tqdm
 
 import dmc2gym
+import ownership
 from checkpoint import Checkpoint, random_states, set_random_states, set_torch_random_states, torch_random_states
 from cuda_graph import GraphedAgent
 from encoder import conv_output_shape
@@ -64,7 +65,7 @@ PUBLISHED_REPEATS = {
     ("walker", "walk"): 2,
 }
 # What a run writes into its work_dir; if any of it is there, the folder belongs to a run.
-RUN_FILES = ("args.json", "starts.log", "train.log", "eval.log", "tb", "video", "model", "buffer", "checkpoint")
+RUN_FILES = (*ownership.LOGS, *ownership.FOLDERS)
 # Flags that may be others when a run is resumed; all else would make it another run.
 CHANGEABLE = {
     *("work_dir", "resume", "overwrite", "num_train_steps", "eval_freq", "eval_workers", "device", "replay_device"),
@@ -307,7 +308,10 @@ def check_precision(args: argparse.Namespace) -> None:
 
 
 def check_work_dir(args: argparse.Namespace) -> None:
-    """Raises ValueError if the folder cannot be written, or holds a run that these flags neither resume nor remove."""
+    """Raises ValueError if the folder cannot be written, or holds a run that these flags neither resume nor remove.
+
+    Or if it holds something else, not written by a run, that this one would overwrite.
+    """
     work_dir = Path(args.work_dir)
     if not args.work_dir:
         raise ValueError("work_dir is empty: name a folder")
@@ -315,12 +319,24 @@ def check_work_dir(args: argparse.Namespace) -> None:
         raise ValueError("resume and overwrite exclude each other: go on, or start afresh?")
     try:
         held = held_files(work_dir)
+        strangers = ownership.strangers(work_dir) if held else []
         check_folder(work_dir, f"work_dir {args.work_dir}")
     except OSError as error:
         raise ValueError(f"work_dir {args.work_dir[:100]} cannot be used: {error.strerror}") from error
-    if held and args.resume:
+    checkpoint = Checkpoint(work_dir / "checkpoint")
+    if args.resume and not checkpoint.begun() and (strangers or held not in ([], ["checkpoint"])):
+        raise ValueError(
+            f"work_dir {work_dir} holds {', '.join(held)}, but checkpoint/checkpoint.json is missing: "
+            "there is nothing to resume; choose another work_dir, or --overwrite it"
+        )
+    if args.resume and checkpoint.begun():
         check_resumed(args)
-    elif held and not args.overwrite:
+    if strangers and (args.overwrite or (args.resume and not checkpoint.exists())):
+        raise ValueError(
+            f"work_dir {work_dir} holds files that its run has not written ({', '.join(strangers[:3])}"
+            f"{', ...' if strangers[3:] else ''}): move them away, or choose another work_dir"
+        )
+    if held and not args.resume and not args.overwrite:
         raise ValueError(
             f"work_dir {work_dir} holds a run already ({', '.join(held)}): "
             "choose another, or --resume or --overwrite it"
@@ -516,6 +532,7 @@ class Run:
             OSError: the folder cannot be written.
         """
         args, purge_step = self.args, None
+        start = provenance(torch.device(args.device))
         make_dir(self.work_dir)
         self.lock = lock(self.work_dir / ".lock")
         # Every episode brings its own seed; of `make_env`'s, only LQR's springs come.
@@ -524,13 +541,18 @@ class Run:
         try:
             if args.resume and self.checkpoint.exists():
                 lines = self.restore()
+                ownership.adopt(self.work_dir)
                 purge_step = self.step + 1
             else:
                 lines = self.begin()
-            write_json(self.work_dir / "args.json", dict(sorted(vars(args).items())))
+            tb = self.work_dir / "tb"
+            events = set(tb.iterdir()) if tb.exists() else set()
+            write_json(self.work_dir / "args.json", dict(sorted(vars(args).items())), self.replay.name)
             self.logger = Logger(self.work_dir, use_tb=args.save_tb, purge_step=purge_step)
+            if args.save_tb:
+                ownership.note(self.work_dir, *(f"tb/{path.name}" for path in tb.iterdir() if path not in events))
             with (self.work_dir / "starts.log").open("a") as file:
-                file.write(json.dumps(provenance(torch.device(args.device)) | {"step": self.step}) + "\n")
+                file.write(json.dumps(start | {"step": self.step}) + "\n")
         except BaseException:
             self.eval_envs.close()
             self.lock.close()
@@ -540,14 +562,21 @@ class Run:
         return lines
 
     def begin(self) -> list[str]:
-        """Makes the folder this run's, and removes what there is of another or of an earlier start; lines to print."""
-        held = held_files(self.work_dir)
-        self.checkpoint.begin(vars(self.args))  # first: from now on the folder holds a run that has no checkpoint yet
-        remove(self.work_dir / name for name in held if name != "checkpoint")
+        """Makes the folder this run's, and removes what another one or an earlier start has written; lines to print."""
+        work_dir, name = self.work_dir, self.replay.name
+        held = held_files(work_dir)
+        ownership.adopt(work_dir)
+        ownership.note(work_dir, f"checkpoint/.{name}.tmp")
+        mine = ownership.written(work_dir)
+        self.checkpoint.begin(vars(self.args), name)  # from now on the folder holds a run that has no checkpoint yet
+        stay = ownership.remove(work_dir, mine)
+        ownership.begin_list(work_dir, name)
+        lines = [f"left in {work_dir}, not written by its run: {', '.join(stay)}"] if stay else []
         if not held:
-            return [f"no run in {self.work_dir} yet: it begins"] if self.args.resume else []
+            return [f"no run in {work_dir} yet: it begins", *lines] if self.args.resume else lines
         why = "there is no checkpoint yet" if self.args.resume else "they are overwritten"
-        return [f"removed from {self.work_dir}: {', '.join(held)}; {why}"]
+        gone = [name for name in held if name == "checkpoint" or name not in held_files(work_dir)]
+        return [f"removed from {work_dir}: {', '.join(gone)}; {why}", *lines]
 
     def restore(self) -> list[str]:
         """Takes up the checkpoint, and cuts what was logged after it; gives lines to print."""
@@ -801,6 +830,7 @@ class Run:
         """Writes the recorded episode, if one was, as an mp4 and, thinned to about 100 frames, for TensorBoard."""
         if self.video.enabled:
             if self.args.save_video:
+                ownership.claim(self.work_dir, f"video/{step}.mp4")
                 self.video.save(f"{step}.mp4")
             self.logger.log_video("eval/video", self.video.frames[:: math.ceil(len(self.video.frames) / 100)], step)
             self.video.init(enabled=False)  # lets go of the frames
@@ -808,6 +838,8 @@ class Run:
     def save(self, step: int) -> None:
         """Writes networks and replay, if asked for."""
         if self.args.save_model:
+            names = ("target" if name == "critic_target" else name for name in self.agent.networks)
+            ownership.claim(self.work_dir, *(f"model/{name}_{step}.pt" for name in names))
             self.agent.save(make_dir(self.work_dir / "model"), step)
         if self.args.save_buffer:
             self.replay.save(self.work_dir / "buffer")
@@ -846,15 +878,6 @@ def provenance(device: torch.device) -> dict[str, str]:
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
         "python": platform.python_version(),
     } | {name: importlib.metadata.version(name) for name in packages}
-
-
-def remove(paths: Iterable[Path]) -> None:
-    """Removes files, and folders with all that is in them."""
-    for path in paths:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
 
 
 def warn_of_divergence(where: str, error: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,12 +67,29 @@ def set_seed_everywhere(seed: int) -> None:
 
 
 def module_hash(module: nn.Module) -> str:
-    """SHA-256 of all parameters and buffers, bit by bit: equal for equal modules, whatever device they are on."""
+    """SHA-256 of all parameters and buffers, bit by bit: equal for equal modules, whatever device they are on.
+
+    Any shape, type and layout is read, and so is what `get_extra_state` gives, if it can be pickled.
+    """
     digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
+    for name, value in module.state_dict().items():
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        for part in _bytes_of(value):
+            digest.update(part)
     return digest.hexdigest()
+
+
+def _bytes_of(value: Any) -> Iterator[bytes]:
+    """The bytes of a tensor, of tensors in dictionaries and lists, or of anything else's pickle."""
+    if isinstance(value, Tensor):
+        dense = value.detach() if value.layout == torch.strided else value.detach().to_dense()
+        flat = dense.cpu().resolve_conj().resolve_neg().contiguous().flatten()
+        yield flat.view(torch.uint8).numpy().tobytes()
+    elif isinstance(value, dict | list | tuple):
+        for part in value.items() if isinstance(value, dict) else value:
+            yield from _bytes_of(part)
+    else:
+        yield pickle.dumps(value)
 
 
 def make_dir(dir_path: str | Path) -> Path:

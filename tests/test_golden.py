@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
+import operator
 
 import golden
 import numpy as np
@@ -208,30 +210,120 @@ def test_compiled_losses_are_the_same(name):
         assert loss == pytest.approx(want, rel=1e-8)
 
 
-@pytest.mark.parametrize("precision", [None, "fp32", "tf32"])
-def test_precision_is_the_agents_own(precision, request):
-    """PyTorch's switches are set while an agent computes, forwards and backwards, and put back."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    for backend in (matmul, cudnn):
-        request.addfinalizer(functools.partial(setattr, backend, "allow_tf32", backend.allow_tf32))
-    for before in (False, True):
-        matmul.allow_tf32 = cudnn.allow_tf32 = before
-        case = golden.load_case("state")["case"]
-        agent = golden.make_agent(case, precision=precision)
-        seen = []
+def storages(state):
+    """Where in memory the tensors in a nest of dictionaries lie."""
+    if isinstance(state, torch.Tensor):
+        return {state.untyped_storage().data_ptr()}
+    return set().union(*map(storages, state.values())) if isinstance(state, dict) else set()
 
-        def look(*_, seen=seen):
-            seen.append((matmul.allow_tf32, cudnn.allow_tf32))
 
-        agent.critic.register_forward_hook(look)
-        agent.actor.register_forward_hook(look)
-        next(agent.critic.parameters()).register_hook(look)
-        agent_updates(agent, case | {"updates": 1}, np.random.RandomState(1))
-        agent.select_action(np.zeros(agent.critic.encoder.feature_dim))
-        expected = before if precision is None else precision == "tf32"
-        assert len(seen) == 4
-        assert set(seen) == {(expected, expected)}
-        assert (matmul.allow_tf32, cudnn.allow_tf32) == (before, before)
+def live_storages(agent):
+    tensors = [parameter for network in agent.networks.values() for parameter in network.parameters()]
+    states = [state for optimizer in agent.optimizers.values() for state in optimizer.state.values()]
+    return storages(dict(enumerate([*tensors, agent.log_alpha, *states])))
+
+
+@pytest.mark.parametrize("kind", ["pixel", "state"])
+def test_agents_share_no_memory(kind):
+    """Not with the state they gave, nor with the one they took: what one learns, the other does not."""
+    case = golden.load_case(kind)["case"] | {"updates": 2}
+    a, b = golden.make_agent(case), golden.make_agent(case)
+    agent_updates(a, case, np.random.RandomState(1))
+    state = a.state_dict()
+    b.load_state_dict(state)
+    assert not storages(state) & live_storages(a)
+    assert not storages(state) & live_storages(b)
+    assert not live_storages(a) & live_storages(b)
+    before = copy.deepcopy(state)
+    agent_updates(b, case, np.random.RandomState(2))
+    agent_updates(a, case, np.random.RandomState(3))
+    a.load_state_dict(state)
+    for held in (state, a.state_dict()):
+        torch.testing.assert_close(held, before, rtol=0, atol=0)
+    steps = {float(moments["step"]) for moments in b.critic_optimizer.state.values()}
+    assert steps == {4}
+
+
+def set_switches(setting):
+    """PyTorch's default for `default`, else what a program has set: the old switches, or new ones of one name."""
+    backends = torch.backends
+    torch.set_float32_matmul_precision("highest")
+    backends.cudnn.allow_tf32 = True
+    for switch in (backends.cuda.matmul, backends.cudnn, backends):
+        switch.fp32_precision = "none"
+    name, value = setting or (None, None)
+    if name == "old":
+        backends.cuda.matmul.allow_tf32 = backends.cudnn.allow_tf32 = value
+    elif name == "medium":
+        torch.set_float32_matmul_precision(name)
+    elif name is not None:
+        operator.attrgetter(name)(torch).fp32_precision = value
+
+
+def switches():
+    backends = torch.backends
+    each = (backends, backends.cudnn, backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
+    each += (backends.mkldnn, backends.mkldnn.matmul, backends.mkldnn.conv)
+    return [switch.fp32_precision for switch in each]
+
+
+def old_switches():
+    """What PyTorch raises where a program has mixed them is what it must go on to raise."""
+    values = []
+    for read in (
+        lambda: torch.backends.cuda.matmul.allow_tf32,
+        lambda: torch.backends.cudnn.allow_tf32,
+        torch.get_float32_matmul_precision,
+    ):
+        try:
+            values.append(read())
+        except RuntimeError:
+            values.append(RuntimeError)
+    return values
+
+
+SETTINGS = [
+    None, ("old", False), ("old", True), ("medium", None),
+    *itertools.product(
+        ("backends", "backends.cudnn", "backends.cuda.matmul", "backends.cudnn.conv"), ("ieee", "tf32", "none")
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", [None, "fp32", "tf32", "bf16"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_precision_is_the_agents_own(precision, setting, request):
+    """PyTorch's switches are set while an agent computes, forwards and backwards, and put back, whoever set which."""
+    request.addfinalizer(functools.partial(set_switches, None))
+    set_switches(setting)
+    case = golden.load_case("state")["case"]
+    agent = golden.make_agent(case, precision=precision)
+    before, old, seen = switches(), old_switches(), []
+
+    def look(*_):
+        seen.append((torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision))
+
+    agent.critic.register_forward_hook(look)
+    agent.actor.register_forward_hook(look)
+    next(agent.critic.parameters()).register_hook(look)
+    agent_updates(agent, case | {"updates": 1}, np.random.RandomState(1))
+    agent.select_action(np.zeros(agent.critic.encoder.feature_dim))
+    expected = {"fp32": ("ieee", "ieee"), "tf32": ("tf32", "tf32")}.get(precision, (before[2], before[3]))
+    assert len(seen) == 4
+    assert set(seen) == {expected}
+    assert (switches(), old_switches()) == (before, old)
+
+
+@pytest.mark.parametrize("value", ["ieee", "tf32"])
+def test_switches_that_follow_another_go_on_to_follow(value, request):
+    request.addfinalizer(functools.partial(set_switches, None))
+    set_switches(("backends", value))
+    for precision in ("fp32", "tf32"):
+        with golden.make_agent(golden.load_case("state")["case"], precision=precision).layer_precision():
+            pass
+    torch.backends.fp32_precision = "tf32" if value == "ieee" else "ieee"
+    after = switches()[:3]
+    assert after == [torch.backends.fp32_precision] * 3
 
 
 def test_float32_agent_stays_near_the_float64_one():

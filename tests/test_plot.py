@@ -221,3 +221,62 @@ def test_published_scores_are_those_of_the_papers(tmp_path):
     for task in tasks:
         for budget in plot.BUDGETS:
             assert plot.published_score(published, task, "SAC+AE:pixel", budget).std is not None
+
+
+def test_runs_of_the_authors_script(tmp_path, capsys):
+    """Their lines tell steps only: decisions, each `action_repeat` environment steps."""
+    run = make_run(tmp_path / "runs" / "a", [0, 10, 100, 400])
+    lines = [json.loads(line) for line in (run / "eval.log").read_text().splitlines()]
+    theirs = tmp_path / "runs" / "theirs"
+    theirs.mkdir()
+    flags = json.loads((run / "args.json").read_text()) | {"seed": 2, "agent": "sac_ae", "save_tb": False}
+    (theirs / "args.json").write_text(json.dumps(flags, sort_keys=True, indent=4))
+    records = ({"episode": 3.0, "episode_reward": line["episode_reward"], "step": line["step"]} for line in lines)
+    (theirs / "eval.log").write_text("".join(json.dumps(record) + "\n" for record in records))
+    ours, read = plot.read_run(run), plot.read_run(theirs)
+    assert (read.steps.tolist(), read.returns.tolist()) == (ours.steps.tolist(), ours.returns.tolist())
+    assert read.interval == ours.interval
+    assert plot.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err == ""
+    assert rows_of(tmp_path / "out")[0]["seeds"] == "2"
+
+
+def test_folders_that_are_none(tmp_path, capsys):
+    run = make_run(tmp_path / "run", [0, 1])
+    (tmp_path / "empty").mkdir()
+    folders = [tmp_path / "nowhere", run / "eval.log", tmp_path / "empty"]
+    assert plot.main([*map(str, folders), str(run), "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        f"{folders[0]} does not exist",
+        f"{folders[1]} is no folder",
+        f"{folders[2]}: no run there, nothing with an args.json",
+    ]
+
+
+@pytest.mark.parametrize("name", plot.FILES)
+@pytest.mark.parametrize("kind", ["theirs", "edited", "link", "folder"])
+def test_files_of_others_are_not_overwritten(tmp_path, capsys, name, kind):
+    """One line, and all is as it was: also where one of plot.py's own was edited, or its list is damaged."""
+    make_run(tmp_path / "run", [0, 1])
+    out, flags = tmp_path / "out", [str(tmp_path / "run"), "--out", str(tmp_path / "out")]
+    out.mkdir()
+    if kind == "edited":
+        assert plot.main(flags) == 0
+    if kind == "link":
+        (out / name).symlink_to(tmp_path / "nowhere")
+    elif kind == "folder":
+        (out / name).mkdir()
+    else:
+        with (out / name).open("a") as file:
+            file.write("mine")
+    before = {path.name: path.is_file() and path.read_bytes() for path in out.iterdir()}
+    capsys.readouterr()
+    for content in (None, "[]", "{"):
+        if content is not None:
+            (out / plot.MADE).write_text(content)
+            before[plot.MADE] = content.encode()
+        with pytest.raises(SystemExit) as exit_:
+            plot.main(flags)
+        assert exit_.value.code == 2
+        assert name in capsys.readouterr().err
+        assert {path.name: path.is_file() and path.read_bytes() for path in out.iterdir()} == before

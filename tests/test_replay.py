@@ -561,3 +561,77 @@ def test_other_replays_are_not_overwritten(tmp_path):
     with pytest.raises(ValueError, match="60 transitions, more than this replay of 59 can"):
         small.load(tmp_path)
     assert len(chunk_names(tmp_path)) == 3
+
+
+def their_file(path, content=b"theirs"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("name", ["123_456.pt", "0_10.pt", "replay.json"])
+@pytest.mark.parametrize("kind", ["text", "authors", "another replay", "link"])
+def test_a_first_save_is_refused_where_others_have_saved(tmp_path, name, kind):
+    """Whether or not their index is there; nothing is changed, and elsewhere the replay can be saved."""
+    path, folder = tmp_path / "a" / name, tmp_path / "a"
+    folder.mkdir()
+    if kind == "text":
+        their_file(path)
+    elif kind == "authors":
+        torch.save([np.zeros((2, 9, 2, 2), np.uint8)] * 5, path)
+    elif kind == "another replay":
+        saved_replay(tmp_path / "b")
+        (tmp_path / "b" / ("0_10.pt" if name != "replay.json" else name)).rename(path)
+    else:
+        path.symlink_to(tmp_path / "nowhere")
+    replay = saved_replay(tmp_path / "c")
+    before = [(path.name, path.is_symlink() or path.read_bytes()) for path in folder.iterdir()]
+    with pytest.raises(FileExistsError, match=f"{name} belongs to another replay"):
+        replay.save(folder)
+    assert [(path.name, path.is_symlink() or path.read_bytes()) for path in folder.iterdir()] == before
+
+
+def test_saves_delete_only_what_the_replay_has_written(tmp_path):
+    """Not what came later: files named like chunks or scraps, of whomever. One in the way of a chunk stays, too."""
+    replay, _ = make_both(20)
+    episodes = Episodes(0, 3)
+    theirs = []
+    for length in (10, 10, 10, 10):
+        for transition in episodes.play(length):
+            replay.add(*transition)
+        replay.save(tmp_path)
+        if not theirs:
+            names = ("123_456.pt", "1_2.pt", ".1_2.pt.tmp", ".replay.json.tmp", ".10_20.pt.tmp", "notes.tmp")
+            theirs = [their_file(tmp_path / name) for name in names]
+            saved_replay(tmp_path / "b")
+            theirs.append((tmp_path / "b" / "30_60.pt").rename(tmp_path / "30_60.pt"))
+    assert not (tmp_path / "0_10.pt").exists()
+    assert all(path.exists() for path in theirs)
+    their_file(tmp_path / "40_45.pt")
+    for transition in episodes.play(5):
+        replay.add(*transition)
+    with pytest.raises(FileExistsError, match=r"40_45\.pt belongs to another replay"):
+        replay.save(tmp_path)
+    assert (tmp_path / "40_45.pt").read_bytes() == b"theirs"
+    loaded, _ = make_both(20)
+    loaded.load(tmp_path)
+    assert loaded.transitions_added == 40
+
+
+def test_what_a_killed_save_leaves_goes_with_the_next(tmp_path):
+    """A chunk that no index lists yet, and half a file."""
+    replay = saved_replay(tmp_path)
+    index = (tmp_path / "replay.json").read_bytes()
+    for transition in Episodes(5, 3).play(5):
+        replay.add(*transition)
+    replay.save(tmp_path)
+    (tmp_path / "replay.json").write_bytes(index)
+    (tmp_path / f".{replay.name}.tmp").write_bytes(b"half")
+    loaded, _ = make_both(100)
+    loaded.load(tmp_path)
+    for transition in Episodes(5, 3).play(7):
+        loaded.add(*transition)
+    loaded.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "0_10.pt", "10_30.pt", "30_60.pt", "60_67.pt", "replay.json",
+    ]  # fmt: skip

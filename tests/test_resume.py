@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import termios
+import threading
 import time
+import zlib
 from pathlib import Path
 
 import psutil
@@ -23,8 +27,10 @@ import torch
 from test_train import read_log, without_times
 
 import files
+import ownership
 import train
 from checkpoint import Checkpoint
+from signals import STOPPING
 
 ROOT = Path(__file__).parent.parent
 LONG = bool(os.environ.get("LONG_TESTS"))
@@ -379,13 +385,145 @@ def test_resume_starts_where_there_is_nothing(tmp_path, uninterrupted, capsys):
     assert outcome(folder) == uninterrupted()
 
 
-def test_a_run_without_a_checkpoint_folder_is_not_taken_for_one(tmp_path, ended, capsys):
-    shutil.copytree(ended[0], tmp_path / "log")
-    shutil.rmtree(tmp_path / "log" / "checkpoint")
-    with pytest.raises(SystemExit):
-        train.main([*RUN, "--resume", "--work_dir", str(tmp_path / "log")])
-    assert "checkpoint.json is missing" in capsys.readouterr().err
-    assert (tmp_path / "log" / "eval.log").exists()
+SAVING = ["--save_tb", "--save_model", "--save_buffer", "--save_video"]
+# Named as no run names its files, and as only TensorBoard does, each time anew.
+BESIDE = (
+    *(
+        "notes.txt",
+        ".args.json.tmp",
+        "tb/events.out.tfevents.1.mine",
+        "tb/old/events",
+        "video/best.mp4",
+        "video/.a.tmp",
+    ),
+    *("model/actor_best.pt", "model/old/actor_0.pt", "buffer/notes", "buffer/.0_10.pt.tmp", "checkpoint/copy.json"),
+    *("checkpoint/.a.tmp", ".checkpoint.tmp/mine"),
+)
+IN_THE_WAY = (
+    *("video/123.mp4", "model/actor_123.pt", "model/target_0.pt", "buffer/123_456.pt", "checkpoint/0_10.pt"),
+    "checkpoint/state_mine.pt",
+)
+
+
+def put(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("mine")
+
+
+def authors_run(folder):
+    """As the authors' script leaves it."""
+    names = ("train.log", "eval.log", "video/0.mp4", "model/actor_0.pt", "model/critic_0.pt", "buffer/0_1000.pt")
+    put(folder, "args.json", *names)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run that saves all it can."""
+    folder = tmp_path_factory.mktemp("saved") / "log"
+    assert train.main([*RUN, *SAVING, "--num_train_steps", "65", "--seed", "2", "--work_dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("state", ["ended", "no checkpoint yet"])
+def test_what_others_put_beside_a_run_stays(tmp_path, saved, capsys, state):
+    """All that the run has written is removed, nothing else."""
+    folder, flags = tmp_path / "log", [*RUN, "--num_train_steps", "45", "--work_dir", str(tmp_path / "log")]
+    shutil.copytree(saved, folder)
+    flags.append("--overwrite" if state == "ended" else "--resume")
+    if state != "ended":
+        index = checkpoint_of(folder)
+        content = {"version": index["version"], "args": index["args"] | {"seed": 1}, "run": None}
+        crc = zlib.crc32(files.to_json(content).encode())
+        files.write_json(folder / "checkpoint" / "checkpoint.json", {"crc32": crc, "content": content})
+    put(folder, *BESIDE)
+    assert train.main(flags) == 0
+    printed = capsys.readouterr().out
+    assert "left in" in printed
+    assert "model/actor_best.pt" in printed
+    theirs = {path for path in contents(folder) if (folder / path).read_text(errors="replace") == "mine"}
+    assert theirs == set(map(Path, BESIDE))
+    fresh = tmp_path / "fresh"
+    assert train.main([*RUN, "--num_train_steps", "45", "--work_dir", str(fresh)]) == 0
+
+    def names(folder):
+        return {re.sub("[0-9a-f]{32}", "ID", str(path)) for path in contents(folder)}
+
+    assert names(folder) - set(BESIDE) == names(fresh)
+    assert outcome(folder) == outcome(fresh)
+
+
+@pytest.mark.parametrize("name", IN_THE_WAY)
+def test_what_a_run_would_overwrite_is_refused(tmp_path, saved, capsys, name):
+    """Before anything is removed, though it is named as a run's files are."""
+    shutil.copytree(saved, tmp_path / "log")
+    (tmp_path / "log" / name).unlink(missing_ok=True)
+    (tmp_path / "log" / ownership.LIST).write_text(
+        (tmp_path / "log" / ownership.LIST).read_text().replace(f"{name}\n", "")
+    )
+    put(tmp_path / "log", name)
+    before = contents(tmp_path / "log")
+    with pytest.raises(SystemExit) as exit_:
+        train.main([*RUN, *SAVING, "--overwrite", "--work_dir", str(tmp_path / "log")])
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert f"files that its run has not written ({name})" in error
+    assert error.count("\n") == 1
+    assert contents(tmp_path / "log") == before
+
+
+@pytest.mark.parametrize("name", ["video/60.mp4", "model/critic_60.pt", "buffer/40_60.pt", "checkpoint/60_65.pt"])
+def test_what_is_put_in_the_way_of_a_run_stays(tmp_path, monkeypatch, capsys, name):
+    """A line, and the run can go on when it is moved away."""
+    folder = tmp_path / "log"
+    flags = [*RUN, *SAVING, "--num_train_steps", "65", "--work_dir", str(folder)]
+    log_episode = train.Run.log_episode
+
+    def put_once(run, step):
+        log_episode(run, step)
+        if step == 60:
+            put(folder, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "log_episode", put_once)
+        assert train.main(flags) == 1
+    error = capsys.readouterr().err
+    assert name in error
+    assert error.count("\n") == 1
+    assert (folder / name).read_text() == "mine"
+    (folder / name).unlink()
+    assert train.main([*flags, "--resume"]) == 0
+
+
+@pytest.mark.parametrize("kind", ["authors", "no folder", "no index", "logs"])
+def test_a_run_without_a_checkpoint_is_not_resumed(tmp_path, ended, capsys, kind):
+    """Nothing is removed; the line says what to do, and that works."""
+    folder = tmp_path / "log"
+    if kind == "authors":
+        authors_run(folder)
+    else:
+        shutil.copytree(ended[0], folder)
+        shutil.rmtree(folder / "checkpoint")
+        if kind == "no index":
+            shutil.copytree(ended[0] / "checkpoint", folder / "checkpoint")
+            (folder / "checkpoint" / "checkpoint.json").unlink()
+        elif kind == "logs":
+            (folder / ownership.LIST).unlink()
+            (folder / "starts.log").unlink()
+    before = contents(folder)
+    flags = [*RUN, "--num_train_steps", "45", "--work_dir"]
+    with pytest.raises(SystemExit) as exit_:
+        train.main([*flags, str(folder), "--resume"])
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert "checkpoint.json is missing" in error
+    assert "choose another work_dir, or --overwrite it" in error
+    assert error.count("\n") == 1
+    assert contents(folder) == before
+    assert train.main([*flags, str(tmp_path / "other"), "--resume"]) == 0
+    assert train.main([*flags, str(folder), "--overwrite"]) == 0
+    assert outcome(folder) == outcome(tmp_path / "other")
+    assert not (folder / "model").exists()
 
 
 def test_locks_of_network_file_systems(tmp_path, monkeypatch):
@@ -574,3 +712,24 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last(tmp_path, monkeypat
         assert checkpoint_of(folder)["run"]["step"] in (80, 160)
         assert train.main([*flags, "--resume"]) == 0
         assert outcome(folder) == uninterrupted()
+
+
+@pytest.mark.parametrize("program", ["train", "evaluate"])
+def test_programs_run_in_any_thread(tmp_path, ended, program):
+    """Where Python lets nobody handle signals: in a notebook's worker, in a server."""
+    import evaluate
+
+    folder, statuses, handlers = tmp_path / "log", [], [signal.getsignal(number) for number in STOPPING]
+    shutil.copytree(ended[1], folder)
+    if program == "train":
+        flags = [*RUN, "--num_train_steps", "95", "--overwrite", "--work_dir", str(folder)]
+        work = functools.partial(train.main, flags)
+    else:
+        flags = ["--episodes", "1", "--device", "cpu", "--eval_workers", "2", "--video", str(tmp_path / "a.mp4")]
+        work = functools.partial(evaluate.main, [str(folder), *flags])
+    thread = threading.Thread(target=lambda: statuses.append(work()))
+    thread.start()
+    thread.join()
+    assert statuses == [0]
+    assert program == "evaluate" or outcome(folder) == outcome(ended[0])
+    assert [signal.getsignal(number) for number in STOPPING] == handlers

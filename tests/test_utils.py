@@ -90,6 +90,50 @@ def test_module_hash_sees_every_bit():
     assert module_hash(module) != module_hash(other)
 
 
+class Odd(nn.Module):
+    """State of every kind: numbers of all types, none of them, any layout in memory, and something else."""
+
+    def __init__(self, extra=1):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(2)
+        self.scale = nn.Parameter(torch.tensor(0.5))
+        self.extra = extra
+        for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool, torch.complex64):
+            self.register_buffer(f"of_{str(dtype)[6:]}", torch.ones(3, 2, dtype=dtype))
+            self.register_buffer(f"one_{str(dtype)[6:]}", torch.ones((), dtype=dtype))
+        self.register_buffer("empty", torch.empty(0, 3))
+        self.register_buffer("transposed", torch.arange(6.0).view(2, 3).T)
+        self.register_buffer("expanded", torch.ones(1).expand(4))
+        self.register_buffer("last", torch.rand(2, 3, 4, 4, generator=torch.manual_seed(1)))
+        self.register_buffer("conjugate", torch.full((2,), 1 + 2j).conj())
+        self.register_buffer("negative", torch.full((2,), 1 + 2j).conj().imag)
+        self.register_buffer("sparse", torch.eye(3).to_sparse())
+        self.register_buffer("rows", torch.eye(3).to_sparse_csr())
+
+    def get_extra_state(self):
+        return {"value": self.extra, "tensors": [torch.ones(2), torch.tensor(self.extra)]}
+
+    def set_extra_state(self, state):
+        self.extra = state["value"]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_module_hash_takes_any_module():
+    """Scalars as in any BatchNorm; the layout in memory does not count, every entry does."""
+    assert module_hash(Odd()) == module_hash(Odd())
+    assert module_hash(Odd()) == module_hash(Odd().to(memory_format=torch.channels_last))
+    assert module_hash(Odd()) != module_hash(Odd(extra=2))
+    for name in Odd()._buffers:
+        other = Odd()
+        value = other._buffers[name]
+        other._buffers[name] = ~value if value.dtype == torch.bool else value * 3
+        assert (module_hash(Odd()) == module_hash(other)) is (name == "empty"), name
+    model = nn.BatchNorm1d(3)
+    before = module_hash(model)
+    model(torch.ones(2, 3))
+    assert module_hash(model) != before
+
+
 def test_seeds_and_folders(tmp_path):
     draws = []
     for _ in range(2):
