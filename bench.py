@@ -6,6 +6,11 @@ fetched at each update, both stacks of every transition in NumPy, the environmen
 
 from __future__ import annotations
 
+import streams
+
+if __name__ == "__main__":
+    streams.mend()
+
 import argparse
 import functools
 import json
@@ -29,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cuda_graph import GraphedAgent
 from evaluation import SideBySide
+from flags import user_path
 from precision import check_bf16
 from sac_ae import SacAeAgent
 from utils import ReplayBuffer, set_seed_everywhere
@@ -404,7 +410,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="repetitions; default: as many as the machine does in minutes")
     parser.add_argument("--capacity", type=int, default=10_000, help="transitions of the replay")
     parser.add_argument("--fill", action="store_true", help="replay: only fill it, and print the memory it takes")
-    parser.add_argument("--out", help="file for the numbers as JSON")
+    parser.add_argument("--out", type=user_path, help="file for the numbers as JSON")
     args = parser.parse_args()
     if args.fill:
         bench_fill(args.capacity)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import signal
 
+import streams
+
+if __name__ == "__main__":
+    streams.mend()
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     # As in train.py: until episodes begin an interrupt just ends the program, imports included.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -24,6 +28,7 @@ import train  # before whatever else imports PyTorch: it sets how that one's thr
 from checkpoint import Checkpoint
 from environment import make_env
 from evaluation import MAX_ENVS, SideBySide, WorkerError, play
+from flags import OneLineParser, number, user_path
 from sac_ae import SacAeAgent
 from signals import hear_interrupts
 from video import write_video
@@ -42,9 +47,9 @@ class NonFiniteActionError(ArithmeticError):
     """The policy's action is NaN or infinite."""
 
 
-def make_parser() -> train.OneLineParser:
+def make_parser() -> OneLineParser:
     """The command line. Flags of train.py are taken from there; those in MODEL_FLAGS are absent unless given."""
-    parser = train.OneLineParser(
+    parser = OneLineParser(
         description="Plays episodes with saved models, acting by the policy's mean, and prints their returns.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
@@ -55,11 +60,11 @@ def make_parser() -> train.OneLineParser:
         flag = flags[name]
         group.add_argument(f"--{name}", type=flag.type, choices=flag.choices, default=default, help=text)
 
-    parser.add_argument("work_dir", help="a run's folder, or a folder of models")
-    parser.add_argument("--step", type=train.number(int, 0), help="decisions after which they were saved; None: newest")
+    parser.add_argument("work_dir", type=user_path, help="a run's folder, or a folder of models")
+    parser.add_argument("--step", type=number(int, 0), help="decisions after which they were saved; None: newest")
     parser.add_argument("--episodes", type=train.COUNT, default=10, help="episodes to play, up to ten side by side")
     add(parser, "seed", "of the episodes; the same ones for every model, and not those of training", 1_000_000)
-    parser.add_argument("--video", help="an mp4 of the first episode, which must not exist yet")
+    parser.add_argument("--video", type=user_path, help="an mp4 of the first episode, which must not exist yet")
     for name in ("eval_workers", "device"):
         add(parser, name, flags[name].help or "", flags[name].default)
     add(parser, "precision", "of layers; None is the run's", None)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import threading
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +108,7 @@ class Logger:
             from torch.utils.tensorboard import SummaryWriter  # only here: it takes seconds to import
 
             self._writer = SummaryWriter(str(self._log_dir / "tb"), purge_step=purge_step)
+            self._excepthook, threading.excepthook = threading.excepthook, self._thread_failed
 
     def log(self, key: str, value: float | Tensor, step: int, n: int = 1) -> None:
         """Takes a number or a scalar tensor, the sum of `n` values.
@@ -126,6 +130,7 @@ class Logger:
         """Writes a line for each section that has values: console, log file and TensorBoard.
 
         Raises:
+            OSError: a file cannot be written; the message names it.
             NonFiniteLossError: a loss is NaN or infinite; its section's line is not written.
         """
         for section, meters in self._meters.items():
@@ -137,9 +142,10 @@ class Logger:
             with (self._log_dir / f"{section}.log").open("a") as file:
                 file.write(json.dumps(record) + "\n")
             if self._writer is not None:
-                for key, mean in means.items():
-                    self._writer.add_scalar(key, mean, step)
-                self._writer.flush()
+                with self._naming_events():
+                    for key, mean in means.items():
+                        self._writer.add_scalar(key, mean, step)
+                    self._writer.flush()
             shown = means | {"step": step}
             parts = [f"{label}: {form.format(shown.get(key, 0))}" for key, label, form in self._lines[section]]
             print(" | ".join([f"| {colored(section, _COLOURS[section])}", *parts]), flush=True)
@@ -171,7 +177,8 @@ class Logger:
     def log_histogram(self, key: str, histogram: Tensor | np.ndarray, step: int) -> None:
         """Histogram of all entries."""
         if self._writer is not None:
-            self._writer.add_histogram(key, histogram, step)
+            with self._naming_events():
+                self._writer.add_histogram(key, histogram, step)
 
     def log_image(self, key: str, image: Tensor | np.ndarray, step: int) -> None:
         """One picture (3, H, W), or a grid of several (N, 3, H, W); uint8, or floating in [0, 1]."""
@@ -180,7 +187,8 @@ class Logger:
         pictures = np.asarray(image.detach().cpu() if isinstance(image, Tensor) else image)
         pictures = pictures.reshape(-1, *pictures.shape[-3:]).transpose(0, 2, 3, 1)
         grid = montage(pictures, channel_axis=-1, padding_width=2, fill=[0, 0, 0])
-        self._writer.add_image(key, grid, step, dataformats="HWC")
+        with self._naming_events():
+            self._writer.add_image(key, grid, step, dataformats="HWC")
 
     def log_video(self, key: str, frames: np.ndarray | list[np.ndarray], step: int, fps: int = 15) -> None:
         """Frames (T, H, W, 3), uint8, as an animation."""
@@ -193,12 +201,32 @@ class Logger:
         iio.imwrite(gif, frames, extension=".gif", duration=1000 / fps, loop=0)
         _, height, width, channels = frames.shape
         image = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=gif.getvalue())
-        self._writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=key, image=image)]), step)
+        with self._naming_events():
+            self._writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=key, image=image)]), step)
 
     def close(self) -> None:
-        """Flushes and closes TensorBoard's events."""
+        """Flushes and closes TensorBoard's events.
+
+        Raises:
+            OSError: they cannot be written.
+        """
         if self._writer is not None:
-            self._writer.close()
+            threading.excepthook = self._excepthook
+            with self._naming_events():
+                self._writer.close()
+
+    def _thread_failed(self, failure: Any) -> None:
+        """Prints what has ended a thread, but for the one that writes events: its error is raised at the next call."""
+        if type(failure.thread).__name__ != "_AsyncWriterThread":
+            self._excepthook(failure)
+
+    @contextmanager
+    def _naming_events(self) -> Iterator[None]:
+        """Names the folder where TensorBoard's events cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror or str(error), str(self._log_dir / "tb")) from error
 
 
 def log_files(log_dir: Path) -> list[Path]:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import streams
+
+if __name__ == "__main__":
+    streams.mend()
+
 import argparse
 import csv
 import io
@@ -22,6 +27,8 @@ import matplotlib.pyplot as plt
 import matplotlib.ticker as ticker
 import numpy as np
 from scipy import stats
+
+from flags import OneLineParser, user_path
 
 PUBLISHED = Path(__file__).parent / "results" / "published.csv"
 BUDGETS = (100_000, 500_000)  # environment steps
@@ -434,11 +441,12 @@ def evaluations(runs: Sequence[Run]) -> list[dict[str, str]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, help="work_dirs, or folders that hold some")
-    parser.add_argument("--out", type=Path, default=Path("plots"), help="folder of figure and tables")
-    parser.add_argument("--published", type=Path, default=PUBLISHED, help="scores to draw beside")
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=user_path, help="work_dirs, or folders that hold some")
+    parser.add_argument("--out", type=user_path, default="plots", help="folder of figure and tables")
+    parser.add_argument("--published", type=user_path, default=str(PUBLISHED), help="scores to draw beside")
     args = parser.parse_args(argv)
+    args.folders, args.out, args.published = [*map(Path, args.folders)], Path(args.out), Path(args.published)
     try:
         published = read_published(args.published)
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:

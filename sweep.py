@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import streams
+
+if __name__ == "__main__":
+    streams.mend()
+
 import argparse
 import ctypes
 import itertools
@@ -25,6 +30,7 @@ from rich.table import Table
 
 import train
 from checkpoint import Checkpoint
+from flags import OneLineParser, number, user_path
 from replay_buffer import replay_bytes
 from signals import HANGUP, asked_to_stop, held_signals
 
@@ -68,9 +74,9 @@ class State(NamedTuple):
     ended: bool  # all decisions and the last evaluation are made
 
 
-def make_parser() -> train.OneLineParser:
+def make_parser() -> OneLineParser:
     """The command line."""
-    parser = train.OneLineParser(
+    parser = OneLineParser(
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         epilog="Flags after -- go to train.py.",
@@ -79,12 +85,12 @@ def make_parser() -> train.OneLineParser:
     parser.add_argument("--tasks", default="published", help="comma-separated DOMAIN_TASK; or the six published ones")
     parser.add_argument("--methods", default="sac_ae", help=f"comma-separated, of {', '.join(METHODS)}")
     parser.add_argument("--seeds", type=train.COUNT, default=1, help="seeds 1 to this")
-    parser.add_argument("--work_dir", default="./sweep", help="folder of the runs' folders, seen by all nodes")
+    parser.add_argument(
+        "--work_dir", type=user_path, default="./sweep", help="folder of the runs' folders, seen by all nodes"
+    )
     parser.add_argument("--address", default="local", help="of a Ray cluster, or auto for the one this machine is in")
     parser.add_argument("--gpus_per_run", type=train.WEIGHT, default=0.0, help="a fraction packs runs on a GPU")
-    parser.add_argument(
-        "--cpus_per_run", type=train.number(float, 0.0001), default=1.0, help="cores that a run asks for"
-    )
+    parser.add_argument("--cpus_per_run", type=number(float, 0.0001), default=1.0, help="cores that a run asks for")
     parser.add_argument("--memory_per_run", type=train.RATE, help="GB that a run asks for; None estimates them")
     parser.add_argument("--dry_run", action="store_true", help="only print the runs and their memory")
     parser.add_argument("flags", nargs="*", help=argparse.SUPPRESS)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 import signal
 
+import streams
+
+if __name__ == "__main__":
+    streams.mend()
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     # Until training begins there is nothing to clean up: an interrupt just ends the program, imports included.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -27,11 +31,12 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,6 +51,7 @@ from encoder import conv_output_shape
 from environment import EPISODE_LENGTH, make_env
 from evaluation import MAX_ENVS, Moment, SideBySide, WorkerError, play
 from files import lock, naming, write_json
+from flags import OneLineParser, number, user_path
 from logger import Logger, NonFiniteLossError, cut_logs
 from memory import place_replay
 from pace import Pace
@@ -74,33 +80,6 @@ CHANGEABLE = {
 UNNOTED = {"work_dir", "resume", "overwrite"}
 # Flags whose defaults are the machine's, and not taken over from where the run began.
 LOCAL = {"device", "eval_workers"}
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Prints the message on stderr and exits with status 2."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
-
-
-LARGEST = 2**63 - 1  # what the libraries' counters hold
-
-
-def number(kind: type, low: float, high: float = LARGEST, exclusive: bool = False) -> Callable[[str], Any]:
-    """An argparse type: a finite number from `low` to `high`, without `low` itself where `exclusive`."""
-
-    def convert(text: str) -> Any:
-        value = kind(text)
-        if not low <= value <= high or (exclusive and value == low) or value in (math.inf, -math.inf):
-            bounds = [f"{'above' if exclusive else 'at least'} {low}"] if low > -math.inf else []
-            bounds += [f"at most {high}"] if high < LARGEST or value > high else []
-            shown = text if len(text) < 30 else f"{text[:30]}..."
-            raise argparse.ArgumentTypeError(f"must be {' and '.join(bounds) or 'a finite number'}, got {shown}")
-        return value
-
-    convert.__name__ = kind.__name__  # argparse names it where the text is no number
-    return convert
 
 
 COUNT = number(int, 1)
@@ -199,7 +178,9 @@ def make_parser() -> OneLineParser:
 
     group = parser.add_argument_group("run")
     group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=1, help="of everything random")
-    group.add_argument("--work_dir", default="./log", help="folder of the run's files, which must not hold a run")
+    group.add_argument(
+        "--work_dir", type=user_path, default="./log", help="folder of the run's files, which must not hold a run"
+    )
     group.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,
@@ -268,7 +249,7 @@ def check(args: argparse.Namespace) -> None:
     check_precision(args)
     check_work_dir(args)
     if args.compile:
-        check_compiler()
+        check_compiler(args.device)
     if args.save_video:
         check_ffmpeg("save_video")
 
@@ -297,7 +278,10 @@ def check_device(name: str) -> None:
         torch.zeros(1, device=name)
     except (ValueError, RuntimeError, AssertionError) as error:
         there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-        raise ValueError(f"there is no device {name} here; choose {' or '.join(there)}") from error
+        cause = f"{error}".splitlines()[:1]
+        raise ValueError(
+            f"there is no device {name} here; choose {' or '.join(there)} ({''.join(cause) or type(error).__name__})"
+        ) from error
 
 
 def check_precision(args: argparse.Namespace) -> None:
@@ -377,13 +361,21 @@ def check_folder(folder: Path, name: str) -> None:
         raise ValueError(f"{name} cannot be written: choose another")
 
 
-def check_compiler() -> None:
-    """Raises ValueError if torch.compile finds no compiler, or not Python's headers."""
+def check_compiler(device: str) -> None:
+    """Raises ValueError if torch.compile does not work here; the first time that takes half a minute."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(shlex.split(compiler)[0]) is None:
         raise ValueError(f"compile needs a C++ compiler, and {compiler} is not there: install g++, or set CXX")
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         raise ValueError("compile needs Python's headers: on Debian or Ubuntu, apt-get install python3-dev")
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir()
+    if len(folder.split()) > 1:
+        raise ValueError(f"compile cannot work in {folder}, because of the space: set TMPDIR to another folder")
+    try:
+        torch.compile(lambda values: values.sin() + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # of many kinds, by compiler and system
+        lines = str(error).partition("Output:\n")[2] or str(error) or type(error).__name__
+        raise ValueError(f"compile does not work here: {lines.strip().splitlines()[0]}") from error
 
 
 def check_ffmpeg(flag: str) -> None:
@@ -848,8 +840,10 @@ class Run:
         """Frees environments and logs."""
         self.env.close()
         self.eval_envs.close()
-        self.logger.close()
-        self.lock.close()
+        try:
+            self.logger.close()
+        finally:
+            self.lock.close()
 
 
 def in_bytes(number: int) -> str:
