@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import re
+import uuid
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from files import write_atomically
 from replay_buffer import files_of
 
 LIST = ".run_files"
@@ -30,8 +31,7 @@ _REPLAY = re.compile(r"checkpoint/\.([0-9a-f]+)\.tmp")  # listed as the first th
 
 def begin_list(work_dir: Path, replay: str) -> None:
     """Starts the list of a new run, whose replay has this name, in place of the list of the one before."""
-    lines = (f"{name}\n" for name in (*LOGS, f"checkpoint/.{replay}.tmp"))
-    write_atomically(work_dir / LIST, "".join(lines).encode(), replay)
+    _write_list(work_dir, (*LOGS, f"checkpoint/.{replay}.tmp"))
 
 
 def claim(work_dir: Path, *names: str) -> None:
@@ -56,8 +56,7 @@ def note(work_dir: Path, *names: str) -> None:
 def adopt(work_dir: Path) -> None:
     """Lists what a run has written that has no list."""
     if not (work_dir / LIST).exists():
-        names = (f"{path.relative_to(work_dir)}\n" for path in written(work_dir))
-        write_atomically(work_dir / LIST, "".join(names).encode())
+        _write_list(work_dir, [str(path.relative_to(work_dir)) for path in written(work_dir)])
 
 
 def written(work_dir: Path) -> list[Path]:
@@ -96,6 +95,13 @@ def remove(work_dir: Path, paths: list[Path]) -> list[str]:
             (work_dir / name).rmdir()
     stay = (str(path.relative_to(work_dir)) for path in _files(work_dir) if path.parent != work_dir)
     return [name for name in stay if name != _CHECKPOINT]
+
+
+def _write_list(work_dir: Path, names: Iterable[str]) -> None:
+    """Whole or not at all, but for a loss of power; what a list lacks is not removed, so the disk is not awaited."""
+    temporary = work_dir / f".{uuid.uuid4().hex}.tmp"
+    temporary.write_text("".join(f"{name}\n" for name in names))
+    temporary.replace(work_dir / LIST)
 
 
 def _listed(work_dir: Path) -> set[str]:
