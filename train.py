@@ -301,6 +301,8 @@ def check_work_dir(args: argparse.Namespace) -> None:
         raise ValueError("work_dir is empty: name a folder")
     if args.resume and args.overwrite:
         raise ValueError("resume and overwrite exclude each other: go on, or start afresh?")
+    if args.save_tb and args.work_dir.encode("utf-8", "replace") != os.fsencode(args.work_dir):
+        raise ValueError(f"work_dir {args.work_dir} is not UTF-8, and TensorBoard cannot read it: leave save_tb out")
     try:
         held = held_files(work_dir)
         strangers = ownership.strangers(work_dir) if held else []

@@ -476,6 +476,30 @@ def test_what_fails_in_the_first_steps_fails_before_anything_is_written(tmp_path
     assert not (tmp_path / "log").exists()
 
 
+def test_a_device_that_fails_says_why(tmp_path, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\nCUDA kernel errors might be")
+
+    monkeypatch.setattr(torch, "zeros", fail)
+    words = "choose cpu (CUDA error: all CUDA-capable devices are busy or unavailable)"
+    assert_refused(tmp_path / "log", capsys, ["--device", "cuda"], words)
+    assert not (tmp_path / "log").exists()
+
+
+def test_a_compiler_that_fails_is_one_line(tmp_path, capsys, monkeypatch):
+    """A space where it would work, or an error of its own."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/tmp/a folder")
+    assert_refused(tmp_path / "log", capsys, ["--compile"], "cannot work in /tmp/a folder, because of the space")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+
+    def fail(_function):
+        raise RuntimeError("C++ compile error\n\nCommand:\ng++ -o ...\n\nOutput:\nfatal error: no space\nterminated.\n")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    assert_refused(tmp_path / "log", capsys, ["--compile"], "compile does not work here: fatal error: no space\n")
+    assert not (tmp_path / "log").exists()
+
+
 def test_bfloat16_is_refused_where_it_is_slower(tmp_path, capsys, monkeypatch):
     asked = []
     monkeypatch.setattr(precision, "bf16_ratio", lambda *sizes: asked.append(sizes) or 10.6)
