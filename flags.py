@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 import sys
@@ -25,7 +26,7 @@ class OneLineParser(argparse.ArgumentParser):
         """As argparse's, but a value after a flag that takes none is called that."""
         words = list(sys.argv[1:] if args is None else args)
         takes_words = any(not action.option_strings for action in self._actions)
-        for word, after in zip(words, [*words[1:], "--"], strict=True):
+        for word, after in itertools.pairwise([*words, "--"]):
             if word == "--":
                 break
             name, equals, value = word.partition("=")
