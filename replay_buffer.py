@@ -10,6 +10,7 @@ import math
 import os
 import re
 import uuid
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -255,7 +256,7 @@ class ReplayBuffer:
 
     def _check_owned(self, *paths: Path) -> None:
         for path in paths:
-            if os.path.lexists(path) and _owner(path) != self.name:
+            if os.path.lexists(path) and not _written_by(path, self.name):
                 raise FileExistsError(f"{path} belongs to another replay, or is damaged: save to an empty folder")
 
     def save_chunks(self, folder: Path) -> dict[str, Any]:
@@ -278,7 +279,7 @@ class ReplayBuffer:
         self._saved[folder.resolve()] = index["chunks"]
         listed = {chunk.file.name for chunk in index["chunks"]}
         for path in _chunks_in(folder):
-            if path.name not in listed and _owner(path) == self.name:  # overwritten in the ring, or of a killed save
+            if path.name not in listed and _written_by(path, self.name):  # overwritten in the ring, or of a killed save
                 path.unlink()
 
     def _save_chunk(self, folder: Path, start: int, frames_start: int) -> _Chunk:
@@ -376,7 +377,7 @@ class ReplayBuffer:
 def files_of(folder: Path, name: str) -> list[Path]:
     """What was written into a folder in the name of a replay: with it in their names, or in their content."""
     named = [path for path in folder.iterdir() if name in path.name]
-    return named + [path for path in (folder / _INDEX, *_chunks_in(folder)) if _owner(path) == name]
+    return named + [path for path in (folder / _INDEX, *_chunks_in(folder)) if _written_by(path, name)]
 
 
 def _chunks_in(folder: Path) -> list[Path]:
@@ -384,16 +385,16 @@ def _chunks_in(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if re.fullmatch(r"[0-9]+_[0-9]+\.pt", path.name)]
 
 
-def _owner(path: Path) -> str | None:
-    """Name of the replay that has written an index or a chunk; None if none has. Tensors are not read."""
+def _written_by(path: Path, name: str) -> bool:
+    """Whether the replay of this name has written an index or a chunk. Tensors are not read."""
     try:
-        return (
-            read_json(path)["replay"]
-            if path.name == _INDEX
-            else torch.load(path, mmap=True, weights_only=True)["replay"]
-        )
-    except Exception:  # torch.load raises almost anything on a file that is not its own
-        return None
+        if path.name == _INDEX:
+            return read_json(path)["replay"] == name
+        with zipfile.ZipFile(path) as archive:  # which is what torch.save writes
+            heads = [entry for entry in archive.namelist() if entry.endswith("data.pkl")]
+            return any(name.encode() in archive.read(head) for head in heads)
+    except Exception:  # a foreign file may be anything, and raises almost anything
+        return False
 
 
 def replay_bytes(

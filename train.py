@@ -34,7 +34,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -725,14 +725,15 @@ class Run:
         self.action, self.updates = None, 0
         self.step += 1
         if "physics_error" in info:
+            self.logger.log("train/physics_errors", 1, self.step)
             warn_of_divergence(f"step {self.step}", info["physics_error"])
         if terminated or truncated:
-            self.end_episode("physics_error" in info)
+            self.end_episode()
 
-    def end_episode(self, diverged: bool) -> None:
+    def end_episode(self) -> None:
         """Writes the episode's line, and sees whether an evaluation is due."""
         self.begun = False
-        self.log_episode(self.step, diverged)
+        self.log_episode(self.step)
         if self.step >= self.next_eval:
             self.evaluation_due = True
             self.next_eval = (self.step // self.args.eval_freq + 1) * self.args.eval_freq
@@ -750,12 +751,11 @@ class Run:
             raise NonFiniteLossError(f"the policy's action is no number at step {step}: the run has diverged")
         return action
 
-    def log_episode(self, step: int, diverged: bool) -> None:
+    def log_episode(self, step: int) -> None:
         """The line of the episode that ended when `step` decisions had been made."""
         duration = time.perf_counter() - self.start_time
         self.logger.log("train/episode", self.episode, step)
         self.logger.log("train/episode_reward", self.episode_reward, step)
-        self.logger.log("train/physics_errors", int(diverged), step)
         self.logger.log("train/duration", duration, step)
         self.logger.log("train/environment_steps", step * self.args.action_repeat, step)
         self.logger.log("train/decisions_per_second", (step - self.episode_start) / duration, step)
@@ -780,7 +780,8 @@ class Run:
         duration = time.perf_counter() - start_time
         self.logger.log("eval/episode_reward", moment.returns.sum(), step, n=len(seeds))
         self.logger.log("eval/episode_reward_std", moment.returns.std(), step)  # between this evaluation's episodes
-        self.logger.log("eval/physics_errors", len(moment.physics_errors), step)
+        if moment.physics_errors:
+            self.logger.log("eval/physics_errors", len(moment.physics_errors), step)
         self.logger.log("eval/duration", duration, step)
         self.logger.log("eval/environment_steps", step * args.action_repeat, step)
         self.logger.log("eval/decisions_per_second", moment.lengths.sum() / duration, step)
@@ -878,7 +879,8 @@ def provenance(device: torch.device) -> dict[str, str]:
 
 def warn_of_divergence(where: str, error: str) -> None:
     """Says on stderr that an episode has ended because its simulation diverged."""
-    tqdm.write(f"warning: the simulation diverged at {where}, which ends the episode: {error}", file=sys.stderr)
+    with suppress(OSError):  # where nobody can read it
+        tqdm.write(f"warning: the simulation diverged at {where}, which ends the episode: {error}", file=sys.stderr)
 
 
 def with_progress(moments: Iterator[Moment], episodes: int, action_repeat: int) -> Iterator[Moment]:

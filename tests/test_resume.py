@@ -479,8 +479,8 @@ def test_what_is_put_in_the_way_of_a_run_stays(tmp_path, monkeypatch, capsys, na
     flags = [*RUN, *SAVING, "--num_train_steps", "65", "--work_dir", str(folder)]
     log_episode = train.Run.log_episode
 
-    def put_once(run, step, diverged):
-        log_episode(run, step, diverged)
+    def put_once(run, step):
+        log_episode(run, step)
         if step == 60:
             put(folder, name)
 

@@ -49,7 +49,7 @@ def test_training_without_standard_streams(tmp_path, redirect):
     assert sorted(path.suffix for path in (work_dir / "video").iterdir()) == [".mp4"] * 2
 
 
-@pytest.mark.parametrize("redirect", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("redirect", ["2>&-", "<&- >&- 2>&-"])
 @pytest.mark.parametrize("program", ["evaluate.py", "plot.py", "sweep.py"])
 def test_other_programs_without_standard_streams(run, tmp_path, program, redirect):
     flags = {
@@ -148,7 +148,7 @@ def test_a_value_for_a_flag_without_one(program, flags, words):
     assert words in result.stderr.decode()
 
 
-@pytest.mark.parametrize("kilobytes", [1, 2, 4, 8, 16, 32, 64, 128])
+@pytest.mark.parametrize("kilobytes", [1, 8, 32, 64])
 def test_a_disk_that_is_full_is_one_line(tmp_path, kilobytes):
     """Whichever file is the first that cannot be written."""
     flags = [*FAST, "--save_tb", "--save_video", "--save_model", "--save_buffer", "--work_dir", str(tmp_path / "log")]
