@@ -184,7 +184,8 @@ class Evaluation:
         self.flags = training_flags(args, flags_path)
         train.check_task_and_networks(self.flags)
         train.check_device(args.device)
-        train.check_precision(self.flags)
+        if args.precision is not None:  # that of the run was good where it was trained
+            train.check_precision(self.flags)
         self.video = None if args.video is None else Path(args.video)
         if self.video is not None:
             check_video(self.video)

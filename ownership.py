@@ -25,6 +25,7 @@ _NAMES = re.compile(
     rf"{'|'.join(map(re.escape, LOGS))}|tb/events\.out\.tfevents\..*|video/[0-9]+\.mp4"
     r"|model/(actor|critic|decoder|target)_[0-9]+\.pt|(buffer|checkpoint)/[0-9]+_[0-9]+\.pt|buffer/replay\.json"
     r"|checkpoint/state_.*\.pt"
+    r"|(buffer|checkpoint)/\.([0-9]+_[0-9]+\.pt|state_.*\.pt|replay\.json|checkpoint\.json)\.tmp"  # of older versions
 )
 _REPLAY = re.compile(r"checkpoint/\.([0-9a-f]+)\.tmp")  # listed as the first thing that a replay of this name writes
 
@@ -48,15 +49,16 @@ def claim(work_dir: Path, *names: str) -> None:
 
 
 def note(work_dir: Path, *names: str) -> None:
-    """Lists files that the run has written."""
+    """Lists files that the run has written, on lines of their own even if a full disk has cut the last one."""
     with (work_dir / LIST).open("a") as file:
-        file.writelines(f"{name}\n" for name in names)
+        file.writelines(f"\n{name}\n" for name in names)
 
 
-def adopt(work_dir: Path) -> None:
-    """Lists what a run has written that has no list."""
+def adopt(work_dir: Path, replay: str) -> None:
+    """Lists what a run has written that has no list, and that the replay of this name will write there."""
     if not (work_dir / LIST).exists():
         _write_list(work_dir, [str(path.relative_to(work_dir)) for path in written(work_dir)])
+    note(work_dir, f"checkpoint/.{replay}.tmp")
 
 
 def written(work_dir: Path) -> list[Path]:
@@ -68,7 +70,7 @@ def written(work_dir: Path) -> list[Path]:
             for folder in (work_dir, *(work_dir / name for name in FOLDERS)):
                 found.update(files_of(folder, match[1]) if folder.is_dir() else ())
         found.discard(work_dir / _CHECKPOINT)
-    elif (work_dir / "args.json").is_file():
+    elif (work_dir / "args.json").is_file() or (work_dir / _CHECKPOINT).is_file():
         found = {path for path in _files(work_dir) if _NAMES.fullmatch(str(path.relative_to(work_dir)))}
     else:
         found = set()
@@ -106,7 +108,7 @@ def _write_list(work_dir: Path, names: Iterable[str]) -> None:
 
 def _listed(work_dir: Path) -> set[str]:
     path = work_dir / LIST
-    return set(path.read_text().splitlines()) if path.exists() else set()
+    return set(filter(None, path.read_text().splitlines())) if path.exists() else set()
 
 
 def _files(work_dir: Path) -> list[Path]:

@@ -23,8 +23,8 @@ class Pace:
 
     @contextmanager
     def update(self) -> Iterator[None]:
-        """Times what is done within: one update, while some are still to be timed."""
-        if len(self._updates) >= _WARMUP + _TIMED:
+        """Times what is done within: one update, until `note` has said what is to be said."""
+        if self._said:
             yield
             return
         start = self._now()
@@ -51,7 +51,8 @@ class Pace:
         if self._said or len(self._updates) < _WARMUP + _TIMED or not self._rest:
             return None
         self._said = True
-        update, rest = sum(self._updates[_WARMUP:]) / _TIMED, sum(self._rest) / len(self._rest)
+        timed = self._updates[_WARMUP:]
+        update, rest = sum(timed) / len(timed), sum(self._rest) / len(self._rest)
         left = updates * update + decisions * rest
         if left < _WORTH_SAYING:
             return None

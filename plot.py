@@ -417,8 +417,7 @@ def write(out: Path, contents: dict[str, bytes]) -> None:
     """Writes the files, and first, beside the sums of those that are there, what theirs will be."""
     there = {name: [value for value in (checksum(out / name),) if value is not None] for name in contents}
     sums = {name: [*there[name], zlib.crc32(content)] for name, content in contents.items()}
-    (out / MADE).write_text(json.dumps(sums) + "\n")
-    for name, content in contents.items():
+    for name, content in ({MADE: json.dumps(sums).encode() + b"\n"} | contents).items():
         temporary = out / f".{uuid.uuid4().hex}.tmp"
         temporary.write_bytes(content)
         temporary.replace(out / name)
@@ -460,11 +459,14 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--out {args.out} cannot be made: {error.strerror}")
     if foreign(args.out):
         names = ", ".join(foreign(args.out))
-        parser.error(f"--out {args.out} holds files that plot.py has not written ({names}): choose another folder")
+        parser.error(f"--out {args.out} holds other files, or changed ones ({names}): choose another folder")
     for line in doubts(runs):
         print(line, file=sys.stderr)
     contents = outputs(runs, published)
-    write(args.out, contents)
+    try:
+        write(args.out, contents)
+    except OSError as error:
+        parser.error(f"--out {args.out} cannot be written: {error.strerror}")
     print(contents["scores.md"].decode(), end="")
     return 0
 

@@ -20,7 +20,9 @@ def check_bf16(device: torch.device, filters: int, hidden_dim: int) -> None:
         ValueError: it is slower; the message says how much, and which instructions are missing.
     """
     if device.type == "cuda":
-        if not torch.cuda.is_bf16_supported(including_emulation=False):
+        with torch.cuda.device(device):
+            supported = torch.cuda.is_bf16_supported(including_emulation=False)
+        if not supported:
             name = torch.cuda.get_device_name(device)
             raise ValueError(f"precision bf16 is slow on this GPU ({name}), which only emulates it: leave it out")
         return

@@ -43,6 +43,10 @@ works "$python" ||
 if [ "$(made_of "$venv/bin/python" pip)" != "$(made_of "$python")" ]; then
     "$python" -c 'import ensurepip' 2>/dev/null ||
         install "$("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')"
+    if [ -e "$venv" ] && [ ! -e "$venv/pyvenv.cfg" ] && [ -n "$(ls -A "$venv")" ]; then
+        echo "$venv is no virtual environment: move it away, or name another folder" >&2
+        exit 1
+    fi
     "$python" -m venv --clear "$venv"
 fi
 echo "installing $requirements into $venv: some minutes, and several GB where PyTorch comes with CUDA"

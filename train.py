@@ -285,8 +285,11 @@ def check_device(name: str) -> None:
 
 
 def check_precision(args: argparse.Namespace) -> None:
-    """Raises ValueError if layers would compute slower in the precision that is asked for than without it."""
-    if args.precision == "bf16":
+    """Raises ValueError if layers would compute slower in the precision that is asked for than without it.
+
+    A run that began in it may go on: its precision cannot change.
+    """
+    if args.precision == "bf16" and not (args.resume and Checkpoint(Path(args.work_dir) / "checkpoint").exists()):
         filters = args.num_filters if args.encoder_type == "pixel" else 0
         check_bf16(torch.device(args.device), filters, args.hidden_dim)
 
@@ -535,7 +538,8 @@ class Run:
         try:
             if args.resume and self.checkpoint.exists():
                 lines = self.restore()
-                ownership.adopt(self.work_dir)
+                ownership.adopt(self.work_dir, self.replay.name)
+                ownership.note(self.work_dir, *ownership.LOGS)
                 purge_step = self.step + 1
             else:
                 lines = self.begin()
@@ -559,8 +563,7 @@ class Run:
         """Makes the folder this run's, and removes what another one or an earlier start has written; lines to print."""
         work_dir, name = self.work_dir, self.replay.name
         held = held_files(work_dir)
-        ownership.adopt(work_dir)
-        ownership.note(work_dir, f"checkpoint/.{name}.tmp")
+        ownership.adopt(work_dir, name)
         mine = ownership.written(work_dir)
         self.checkpoint.begin(vars(self.args), name)  # from now on the folder holds a run that has no checkpoint yet
         stay = ownership.remove(work_dir, mine)

@@ -145,12 +145,15 @@ def test_a_run_in_bfloat16_is_played_in_it(runs, run, monkeypatch):
     assert in_bf16 != play(run, "--episodes", 2, "--precision", "fp32") == play(runs / "sac_ae", "--episodes", 2)
 
 
-def test_bfloat16_is_refused_where_it_is_slower(runs, capsys, monkeypatch):
+def test_bfloat16_is_refused_where_it_is_slower(runs, run, capsys, monkeypatch):
     monkeypatch.setattr(precision, "bf16_ratio", lambda *_: 10.6)
     with pytest.raises(SystemExit) as exit_:
         evaluate.main([str(runs / "sac_ae"), "--precision", "bf16", *CPU])
     assert exit_.value.code == 2
     assert "takes 10.6 times as long" in capsys.readouterr().err
+    flags = json.loads((run / "args.json").read_text())
+    (run / "args.json").write_text(json.dumps(flags | {"precision": "bf16"}))
+    assert len(play(run, "--episodes", 1)) == 1  # it plays as it was trained, however slowly
     assert len(play(runs / "sac_ae", "--episodes", 1, "--precision", "fp32")) == 1
 
 

@@ -733,3 +733,25 @@ def test_programs_run_in_any_thread(tmp_path, ended, program):
     assert statuses == [0]
     assert program == "evaluate" or outcome(folder) == outcome(ended[0])
     assert [signal.getsignal(number) for number in STOPPING] == handlers
+
+
+def test_a_run_of_an_older_version_is_resumed_and_then_overwritten(tmp_path, capsys):
+    """It has no list of files, and scraps of other names; what it writes after that is its own, too."""
+    folder = tmp_path / "log"
+    flags = [*RUN, *SAVING, "--work_dir", str(folder)]
+    assert train.main([*flags, "--num_train_steps", "40"]) == 0
+    (folder / ".run_files").unlink()
+    (folder / "checkpoint" / ".checkpoint.json.tmp").write_text("{")
+    assert train.main([*flags, "--resume"]) == 0
+    assert train.main([*flags, "--overwrite"]) == 0
+    assert "not written by its run" not in capsys.readouterr().out
+    assert not (folder / "checkpoint" / ".checkpoint.json.tmp").exists()
+
+
+def test_a_list_that_a_full_disk_has_cut_goes_on(tmp_path):
+    (tmp_path / ".run_files").write_text("train.log\nmodel/act")
+    ownership.note(tmp_path, "model/actor_5.pt")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "actor_5.pt").touch()
+    ownership.claim(tmp_path, "model/actor_5.pt")
+    assert ownership.written(tmp_path) == [tmp_path / "model" / "actor_5.pt"]

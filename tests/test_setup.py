@@ -167,3 +167,13 @@ def test_readme_conda_and_ci_name_the_same_versions():
         assert name in readme
     assert re.findall(r"3\.\d+", (ROOT / "conda_env.yml").read_text()) == ["3.12", "3.11", "3.13", "3.14"]
     assert f"for version in {' '.join(VERSIONS)}; do" in (ROOT / ".ci" / "pythons").read_text()
+
+
+def test_a_folder_that_is_no_environment_is_not_emptied(tmp_path):
+    (tmp_path / "venv").mkdir()
+    (tmp_path / "venv" / "mine.txt").write_text("mine")
+    result, commands = set_up(tmp_path, pretends(tmp_path, (3, 12)))
+    assert result.returncode == 1
+    assert "is no virtual environment" in result.stderr
+    assert commands == []
+    assert (tmp_path / "venv" / "mine.txt").read_text() == "mine"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -514,10 +515,19 @@ def test_bfloat16_is_refused_where_it_is_slower(tmp_path, capsys, monkeypatch):
     assert len(asked) == 2  # nobody else waits for it
 
 
+def test_a_run_that_began_in_bfloat16_goes_on_in_it(tmp_path, monkeypatch):
+    flags = [*SMALL, *METHODS["sac_state"], "--precision", "bf16", "--work_dir", str(tmp_path / "log")]
+    monkeypatch.setattr(precision, "bf16_ratio", lambda *_: 0.5)
+    assert train.main(flags) == 0
+    monkeypatch.setattr(precision, "bf16_ratio", lambda *_: 10.6)
+    assert train.main([*flags, "--resume", "--num_train_steps", "70"]) == 0
+
+
 def test_bfloat16_is_refused_on_a_gpu_without_it(monkeypatch):
     supported = [False]
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported[0])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old one")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     with pytest.raises(ValueError, match="an old one"):
         precision.check_bf16(torch.device("cuda"), 32, 1024)
     supported[0] = True
@@ -558,6 +568,22 @@ def test_the_time_that_is_left_is_said_once(monkeypatch, update, said):
             clock[0] += update
         notes.append(timer.note(updates=3600, decisions=3600))
     assert sum(note is not None for note in notes) == said
+
+
+def test_updates_are_no_rest_of_a_decision(monkeypatch):
+    """Where a run is resumed within its first updates, nothing is known of the rest before they are over."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    timer, notes = Pace(torch.device("cpu")), []
+    for updates in (200, 1):
+        with timer.decision():
+            for _ in range(updates):
+                with timer.update():
+                    clock[0] += 0.5
+                notes.append(timer.note(updates=36_000, decisions=36_000))
+            clock[0] += 0.25
+    assert [note is not None for note in notes] == [False] * 200 + [True]
+    assert notes[-1].startswith("note: an update takes 0.5 s, the rest of a decision 0.25 s: 7.5 hours are left")
 
 
 def test_a_long_run_says_how_long_it_takes(tmp_path, capsys, monkeypatch):
