@@ -72,6 +72,8 @@ def write_video(path: Path, frames: Iterable[Any], fps: int = 30, overwrite: boo
             for frame in frames:
                 with held_signals():  # the first frame starts ffmpeg
                     writer.append_data(frame)
+        if not is_whole(temporary):
+            raise OSError("a full disk at its end is nothing that ffmpeg tells")
         if path.exists() and not overwrite:
             raise FileExistsError(f"{path} exists by now, and is not overwritten")
         temporary.replace(path)
@@ -82,3 +84,12 @@ def write_video(path: Path, frames: Iterable[Any], fps: int = 30, overwrite: boo
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether an mp4 has its index and ends where its boxes do (ISO/IEC 14496-12: size and name, then content)."""
+    content, offset, names = path.read_bytes(), 0, set()
+    while offset + 8 <= len(content):
+        names.add(content[offset + 4 : offset + 8])
+        offset += max(8, int.from_bytes(content[offset : offset + 4]))
+    return offset == len(content) and b"moov" in names

@@ -427,6 +427,21 @@ def test_videos_survive_signals_to_all_processes(tmp_path):
     assert iio.imread(tmp_path / "video.mp4").shape == (30, 64, 64, 3)
 
 
+def test_a_video_is_whole_or_not_there(tmp_path):
+    """Wherever the disk is full: ffmpeg writes most of a short video at its end, and fails in silence."""
+    path, frames = tmp_path / "video.mp4", np.random.default_rng(1).integers(0, 256, (40, 64, 64, 3), np.uint8)
+    write_video(path, frames)
+    size = len(path.read_bytes())
+    path.unlink()
+    for limit in (10, 1000, size // 2, size - 600, size - 1):
+        with largest_file(limit), pytest.raises(OSError, match="is the disk full"):
+            write_video(path, frames)
+        assert not list(tmp_path.iterdir())
+    with largest_file(size):
+        write_video(path, frames)
+    assert len(iio.imread(path)) == 40
+
+
 def test_video_without_ffmpeg_is_refused(tmp_path, capsys, monkeypatch):
     import imageio_ffmpeg
 
