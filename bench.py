@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cuda_graph import GraphedAgent
 from evaluation import SideBySide
-from flags import user_path
+from flags import OneLineParser, user_path
 from precision import check_bf16
 from sac_ae import SacAeAgent
 from utils import ReplayBuffer, set_seed_everywhere
@@ -402,7 +402,7 @@ def machine() -> Results:
 
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "command", choices=["replay", "update", "act", "env", "eval", "train", "all"], help="what to measure"
     )

@@ -25,7 +25,7 @@ class OneLineParser(argparse.ArgumentParser):
     ) -> Any:
         """As argparse's, but a value after a flag that takes none is called that."""
         words = list(sys.argv[1:] if args is None else args)
-        takes_words = any(not action.option_strings for action in self._actions)
+        takes_words = any(not action.option_strings and action.help != argparse.SUPPRESS for action in self._actions)
         for word, after in itertools.pairwise([*words, "--"]):
             if word == "--":
                 break

@@ -139,10 +139,11 @@ class Logger:
             means = {key: meter.fetch(key) for key, meter in meters.items()}
             meters.clear()
             record = {_field(key): mean for key, mean in means.items()} | {"step": step}
-            with (self._log_dir / f"{section}.log").open("a") as file:
+            path = self._log_dir / f"{section}.log"
+            with _naming(path), path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
             if self._writer is not None:
-                with self._naming_events():
+                with _naming(self._log_dir / "tb"):
                     for key, mean in means.items():
                         self._writer.add_scalar(key, mean, step)
                     self._writer.flush()
@@ -177,7 +178,7 @@ class Logger:
     def log_histogram(self, key: str, histogram: Tensor | np.ndarray, step: int) -> None:
         """Histogram of all entries."""
         if self._writer is not None:
-            with self._naming_events():
+            with _naming(self._log_dir / "tb"):
                 self._writer.add_histogram(key, histogram, step)
 
     def log_image(self, key: str, image: Tensor | np.ndarray, step: int) -> None:
@@ -187,7 +188,7 @@ class Logger:
         pictures = np.asarray(image.detach().cpu() if isinstance(image, Tensor) else image)
         pictures = pictures.reshape(-1, *pictures.shape[-3:]).transpose(0, 2, 3, 1)
         grid = montage(pictures, channel_axis=-1, padding_width=2, fill=[0, 0, 0])
-        with self._naming_events():
+        with _naming(self._log_dir / "tb"):
             self._writer.add_image(key, grid, step, dataformats="HWC")
 
     def log_video(self, key: str, frames: np.ndarray | list[np.ndarray], step: int, fps: int = 15) -> None:
@@ -201,7 +202,7 @@ class Logger:
         iio.imwrite(gif, frames, extension=".gif", duration=1000 / fps, loop=0)
         _, height, width, channels = frames.shape
         image = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=gif.getvalue())
-        with self._naming_events():
+        with _naming(self._log_dir / "tb"):
             self._writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=key, image=image)]), step)
 
     def close(self) -> None:
@@ -212,7 +213,7 @@ class Logger:
         """
         if self._writer is not None:
             threading.excepthook = self._excepthook
-            with self._naming_events():
+            with _naming(self._log_dir / "tb"):
                 self._writer.close()
 
     def _thread_failed(self, failure: Any) -> None:
@@ -220,13 +221,14 @@ class Logger:
         if type(failure.thread).__name__ != "_AsyncWriterThread":
             self._excepthook(failure)
 
-    @contextmanager
-    def _naming_events(self) -> Iterator[None]:
-        """Names the folder where TensorBoard's events cannot be written."""
-        try:
-            yield
-        except OSError as error:
-            raise OSError(error.errno, error.strerror or str(error), str(self._log_dir / "tb")) from error
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Names what cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def log_files(log_dir: Path) -> list[Path]:

@@ -208,7 +208,7 @@ def carry_out(flags: list[str], work_dir: Path, pause: float) -> int:
         if sys.platform.startswith("linux"):  # the kernel shall kill this process when Ray's, its parent, ends
             libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
-    with (work_dir / "output.log").open("a") as output:
+    with (work_dir / "output.log").open("a", errors="backslashreplace") as output:
         print(f"$ {shlex.join(['python', 'train.py', *flags])}", file=output, flush=True)
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "train.py"), *flags],
@@ -422,7 +422,7 @@ def main(argv: list[str] | None = None) -> int:
             )
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         parser.error(f"Ray does not start: {error}" if local else f"there is no Ray cluster at {args.address}: {error}")
-    console = Console()
+    console = Console(markup=False)  # paths may hold brackets
     try:
         sweep = Sweep(specs, args.gpus_per_run, args.cpus_per_run, args.memory_per_run)
         reason = sweep.unplaceable()

@@ -23,13 +23,13 @@ LOSSES = {
 }
 
 
-def compiles():
-    """Whether torch.compile can do its work here."""
+@pytest.fixture(scope="module")
+def compiler():
+    """Skips where torch.compile does not work."""
     try:
-        train.check_compiler()
-    except ValueError:
-        return False
-    return True
+        train.check_compiler("cpu")
+    except ValueError as error:
+        pytest.skip(str(error))
 
 
 class OneBatch:
@@ -191,7 +191,7 @@ def test_bfloat16_stays_near_float32_and_keeps_what_must_be_exact():
         golden.make_agent(case, precision="fp16")
 
 
-@pytest.mark.skipif(not compiles(), reason="needs a C++ compiler and Python's headers")
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("name", ["pixel", "state"])
 def test_compiled_losses_are_the_same(name):
     """To rounding, which float64 keeps small."""

@@ -138,6 +138,8 @@ def test_a_home_folder_is_expanded(run, tmp_path):
         ("train.py", ["--overwrite=no"], "write --overwrite, or not"),
         ("train.py", ["--compile", "0"], "write --compile, or not"),
         ("sweep.py", ["--dry_run=false"], "write --dry_run, or not"),
+        ("sweep.py", ["--dry_run", "True"], "write --dry_run, or not"),
+        ("bench.py", ["--fill=1", "all"], "write --fill, or not"),
         ("sweep.py", ["--dry_run", "--", "--save_tb", "True"], "write --save_tb, or --no-save_tb"),
     ],
 )

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -425,6 +426,17 @@ def test_videos_survive_signals_to_all_processes(tmp_path):
 
     write_video(tmp_path / "video.mp4", frames())
     assert iio.imread(tmp_path / "video.mp4").shape == (30, 64, 64, 3)
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """No process here, nor below, can write a file of more bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_video_is_whole_or_not_there(tmp_path):
