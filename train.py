@@ -870,14 +870,18 @@ def provenance(device: torch.device) -> dict[str, str]:
     except (OSError, subprocess.CalledProcessError):  # no git, or no clone
         commit = "unknown"
     packages = ("torch", "numpy", "dm_control", "mujoco", "gym")
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": shlex.join(sys.argv),
-        "commit": commit,
-        "machine": f"{platform.platform()}, {cores()} cores",
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
-        "python": platform.python_version(),
-    } | {name: importlib.metadata.version(name) for name in packages}
+    return (
+        {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": shlex.join(sys.argv),
+            "commit": commit,
+            "machine": f"{platform.platform()}, {cores()} cores",
+            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
+            "python": platform.python_version(),
+        }
+        | {name: importlib.metadata.version(name) for name in packages}
+        | {"torch": str(torch.__version__)}
+    )
 
 
 def warn_of_divergence(where: str, error: str) -> None:
