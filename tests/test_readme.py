@@ -6,6 +6,8 @@ import csv
 import json
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -18,11 +20,12 @@ def medians(results):
         yield from medians(value)
 
 
-def test_figures_are_those_of_the_bench():
+@pytest.mark.parametrize("name", ["bench_cpu", "bench_cpu_amd"])
+def test_figures_are_those_of_the_bench(name):
     """Every one of the file is in the README, and in what the bench printed."""
-    figures = list(medians(json.loads((ROOT / "results" / "bench_cpu.json").read_text())))
+    figures = list(medians(json.loads((ROOT / "results" / f"{name}.json").read_text())))
     assert len(figures) > 20
-    for page in ("README.md", "results/bench_cpu.md"):
+    for page in ("README.md", f"results/{name}.md"):
         text = (ROOT / page).read_text()
         assert [figure for figure in figures if figure not in text] == []
 
