@@ -82,7 +82,7 @@ def strangers(work_dir: Path) -> list[str]:
     mine, names = set(written(work_dir)), []
     for path in _files(work_dir):
         name = str(path.relative_to(work_dir))
-        wanted = name in FOLDERS or (_NAMES.fullmatch(name) and not name.startswith("tb/"))
+        wanted = name in FOLDERS or (_NAMES.fullmatch(name) and not name.startswith("tb/") and path.suffix != ".tmp")
         if wanted and path not in mine:
             names.append(name)
     return names
