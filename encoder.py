@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from errors import UserError
+
 
 def conv_output_shape(height: int, width: int, num_layers: int) -> tuple[int, int]:
     """Height and width (pixels) that `num_layers` convolutions leave of an image.
@@ -15,22 +17,20 @@ def conv_output_shape(height: int, width: int, num_layers: int) -> tuple[int, in
     3x3 kernels without padding, the first one with stride 2, the others with stride 1 (paper, appendix B.1).
 
     Raises:
-        ValueError: a side is odd (the decoder could not restore it), or the layers leave nothing of the image.
+        UserError: a side is odd (the decoder could not restore it), or the layers leave nothing of the image.
     """
     if num_layers < 1:
-        raise ValueError(f"num_layers must be at least 1, got {num_layers}")
-    sides = []
-    for side in (height, width):
-        if side % 2:
-            raise ValueError(f"image sides must be even, got {height} x {width}")
-        left = side // 2 - 1 - 2 * (num_layers - 1)
-        if left < 1:
-            raise ValueError(
-                f"{num_layers} convolutions leave nothing of a {height} x {width} image: "
-                f"take fewer layers, or at least {4 * num_layers} pixels a side"
-            )
-        sides.append(left)
-    return sides[0], sides[1]
+        raise UserError(f"num_layers must be at least 1, got {num_layers}")
+    if height % 2 or width % 2:
+        raise UserError(f"image sides must be even, got {height} x {width}")
+    # The first convolution leaves side / 2 - 1, each other one takes 2 off.
+    out_height, out_width = (side // 2 - 1 - 2 * (num_layers - 1) for side in (height, width))
+    if min(out_height, out_width) < 1:
+        raise UserError(
+            f"{num_layers} convolutions leave nothing of a {height} x {width} image: "
+            f"take fewer layers, or at least {4 * num_layers} pixels a side"
+        )
+    return out_height, out_width
 
 
 class PixelEncoder(nn.Module):
@@ -46,19 +46,25 @@ class PixelEncoder(nn.Module):
     def __init__(self, obs_shape: tuple[int, ...], feature_dim: int, num_layers: int = 2, num_filters: int = 32):
         super().__init__()
         if len(obs_shape) != 3:
-            raise ValueError(f"the pixel encoder takes images, got observations of shape {obs_shape}")
+            raise UserError(f"the pixel encoder takes images, got observations of shape {obs_shape}")
         channels, height, width = obs_shape
         out_height, out_width = conv_output_shape(height, width, num_layers)
         self.feature_dim = feature_dim
-        self.num_layers = num_layers
         self.convs = nn.ModuleList([nn.Conv2d(channels, num_filters, 3, stride=2)])
-        for _ in range(num_layers - 1):
-            self.convs.append(nn.Conv2d(num_filters, num_filters, 3, stride=1))
+        self.convs.extend(nn.Conv2d(num_filters, num_filters, 3) for _ in range(num_layers - 1))
         self.fc = nn.Linear(num_filters * out_height * out_width, feature_dim)
         self.ln = nn.LayerNorm(feature_dim)
 
+    def forward(self, obs: Tensor, detach: bool = False) -> Tensor:
+        """Pixels 0..255 (B, C, H, W), uint8 or floating, to features (B, D) in (-1, 1).
+
+        With `detach` no gradient reaches the convolutions.
+        """
+        hidden = self.forward_conv(obs)
+        return self.forward_head(hidden.detach() if detach else hidden)
+
     def forward_conv(self, obs: Tensor) -> Tensor:
-        """Pixels 0..255 (B, C, H, W), uint8 or floating, to the flat output (B, flat) of the last convolution."""
+        """The first part of `forward`: pixels to the flat output (B, flat) of the last convolution."""
         # Pixels are scaled to [0, 1] by scaling the first kernels: the same product, without a pass over the images.
         first = self.convs[0]
         scaled = {"weight": first.get_parameter("weight") / 255.0, "bias": first.get_parameter("bias")}
@@ -67,17 +73,8 @@ class PixelEncoder(nn.Module):
             hidden = torch.relu(conv(hidden))
         return hidden.flatten(1)
 
-    def forward(self, obs: Tensor, detach: bool = False) -> Tensor:
-        """Pixels 0..255 (B, C, H, W) to features (B, D) in (-1, 1).
-
-        With `detach` no gradient reaches the convolutions: the actor's loss must not train them (paper, section 5.2).
-        """
-        return self.forward_head(self.forward_conv(obs), detach)
-
-    def forward_head(self, hidden: Tensor, detach: bool = False) -> Tensor:
-        """The rest of `forward`, from the output (B, flat) of `forward_conv`."""
-        if detach:
-            hidden = hidden.detach()
+    def forward_head(self, hidden: Tensor) -> Tensor:
+        """The rest of `forward`, from what `forward_conv` gives."""
         # Under autocast, too, LayerNorm and what follows compute in the weights' own precision.
         return torch.tanh(self.ln(self.fc(hidden).to(self.ln.weight.dtype)))
 
@@ -88,28 +85,19 @@ class PixelEncoder(nn.Module):
 
 
 class IdentityEncoder(nn.Module):
-    """State observations are their own features: nothing to train, nothing to tie.
+    """States (D,) are their own features: nothing to train, nothing to tie."""
 
-    Takes the arguments of `PixelEncoder` and uses only `obs_shape`, (D,).
-    """
-
-    def __init__(self, obs_shape: tuple[int, ...], feature_dim: int = 0, num_layers: int = 0, num_filters: int = 0):
+    def __init__(self, obs_shape: tuple[int, ...]):
         super().__init__()
         if len(obs_shape) != 1:
-            raise ValueError(f"the identity encoder takes state vectors, got observations of shape {obs_shape}")
+            raise UserError(f"the identity encoder takes state vectors, got observations of shape {obs_shape}")
         self.feature_dim = obs_shape[0]
-
-    def forward_conv(self, obs: Tensor) -> Tensor:
-        """States (B, D), as they are."""
-        return obs
-
-    def forward_head(self, hidden: Tensor, detach: bool = False) -> Tensor:
-        """States (B, D), as they are."""
-        return hidden
 
     def forward(self, obs: Tensor, detach: bool = False) -> Tensor:
         """States (B, D), as they are."""
         return obs
+
+    forward_conv = forward_head = forward
 
     def copy_conv_weights_from(self, source: Any) -> None:
         """There are no convolutions to share."""
@@ -119,24 +107,15 @@ def tie_weights(src: nn.Module, trg: nn.Module) -> None:
     """Makes weight and bias of `trg` the same parameter objects as those of `src`."""
     if type(src) is not type(trg):
         raise TypeError(f"cannot tie a {type(trg).__name__} to a {type(src).__name__}")
-    trg.weight = src.weight
-    trg.bias = src.bias
-
-
-_ENCODERS: dict[str, type[PixelEncoder] | type[IdentityEncoder]] = {
-    "pixel": PixelEncoder,
-    "identity": IdentityEncoder,
-}
+    trg.weight, trg.bias = src.weight, src.bias
 
 
 def make_encoder(
     encoder_type: str, obs_shape: tuple[int, ...], feature_dim: int, num_layers: int, num_filters: int
 ) -> PixelEncoder | IdentityEncoder:
-    """An encoder of type `pixel` or `identity`.
-
-    Raises:
-        ValueError: unknown type, or observations the type cannot take.
-    """
-    if encoder_type not in _ENCODERS:
-        raise ValueError(f"unknown encoder_type {encoder_type!r}: choose one of {', '.join(_ENCODERS)}")
-    return _ENCODERS[encoder_type](obs_shape, feature_dim, num_layers, num_filters)
+    """An encoder of type `pixel`, or `identity`, which has no sizes. Raises UserError, as the encoders do."""
+    if encoder_type == "identity":
+        return IdentityEncoder(obs_shape)
+    if encoder_type != "pixel":
+        raise UserError(f"unknown encoder_type {encoder_type!r}: choose one of pixel, identity")
+    return PixelEncoder(obs_shape, feature_dim, num_layers, num_filters)

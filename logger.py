@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,67 +18,19 @@ from skimage.util import montage
 from termcolor import colored
 from torch import Tensor, nn
 
-# What a console line shows, by configuration and section: key, label, form.
-LINES: dict[str, dict[str, list[tuple[str, str, str]]]] = {
-    "rl": {
-        "train": [
-            ("train/episode", "E", "{:.0f}"),
-            ("step", "S", "{:.0f}"),
-            ("train/duration", "D", "{:.1f} s"),
-            ("train/episode_reward", "R", "{:.4f}"),
-            ("train/batch_reward", "BR", "{:.4f}"),
-            ("train_actor/loss", "ALOSS", "{:.4f}"),
-            ("train_critic/loss", "CLOSS", "{:.4f}"),
-            ("train_ae/ae_loss", "RLOSS", "{:.4f}"),
-        ],
-        "eval": [("step", "S", "{:.0f}"), ("eval/episode_reward", "ER", "{:.4f}")],
-    }
+from agent import Agent
+from errors import MachineError, UserError
+from files import writing
+from support.report import show
+
+# The console lines, which show fields of the log files.
+LINES = {
+    "train": "E: {episode:.0f} | S: {step:.0f} | D: {duration:.1f} s | R: {episode_reward:.4f} | "
+    "BR: {batch_reward:.4f} | ALOSS: {actor_loss:.4f} | CLOSS: {critic_loss:.4f} | RLOSS: {ae_loss:.4f}",
+    "eval": "S: {step:.0f} | ER: {episode_reward:.4f}",
 }
-_COLOURS = {"train": "yellow", "eval": "green"}
-
-
-class NonFiniteLossError(ArithmeticError):
-    """A loss became NaN or infinite; the message names it and its step."""
-
-
-class Meter:
-    """Mean of the values logged under one key since the last line.
-
-    Tensors on a GPU stay there until the mean is due, so that logging never waits for it. Those in host memory become
-    numbers at once: few bytes as they are, each would keep a gap between an update's large tensors from being filled,
-    tens of megabytes lost at every update (https://sourceware.org/glibc/wiki/MallocInternals).
-    """
-
-    def __init__(self) -> None:
-        self._values: list[tuple[Any, int]] = []
-        self._steps: list[int] = []
-
-    def update(self, value: float | Tensor, n: int, step: int) -> None:
-        """Adds `value`, the sum of `n` values."""
-        if isinstance(value, Tensor) and value.device.type == "cpu":
-            value = value.item()
-        self._values.append((value, n))
-        self._steps.append(step)
-
-    def state(self) -> list[tuple[float, int, int]]:
-        """Value, number and step of each update."""
-        return [(float(value), n, step) for (value, n), step in zip(self._values, self._steps, strict=True)]
-
-    def fetch(self, key: str) -> float:
-        """The mean.
-
-        Raises:
-            NonFiniteLossError: `key` is a loss and one of its values is NaN or infinite.
-        """
-        values = [value for value, _ in self._values]
-        if all(isinstance(value, Tensor) for value in values):
-            sums = torch.stack([value.detach().double() for value in values]).cpu().numpy()
-        else:
-            sums = np.array([float(value) for value in values])
-        if key.endswith("loss") and not np.isfinite(sums).all():
-            first = int(np.argmax(~np.isfinite(sums)))
-            raise NonFiniteLossError(f"{key} became {sums[first]} at step {self._steps[first]}: the run has diverged")
-        return float(sums.sum() / sum(n for _, n in self._values))
+COLOURS = {"train": "yellow", "eval": "green"}
+Values = list[tuple[Any, int, int]]  # each the sum of how many values, and its step
 
 
 class Logger:
@@ -90,83 +41,85 @@ class Logger:
     Args:
         log_dir: an existing folder.
         use_tb: whether to write events.
-        config: which console lines, `rl`.
-        purge_step: TensorBoard forgets events that an earlier logger wrote from this step on.
+        config: which console lines; there are only those of `rl`.
+        state: what an earlier logger's `state` gave. What was written after that is cut, and forgotten by TensorBoard.
 
     Raises:
         ValueError: unknown `config`.
+        UserError: a file is shorter than it was at `state`; nothing has been cut.
     """
 
-    def __init__(self, log_dir: str | Path, use_tb: bool = True, config: str = "rl", purge_step: int | None = None):
-        if config not in LINES:
-            raise ValueError(f"unknown logger config {config!r}: choose one of {', '.join(LINES)}")
-        self._log_dir = Path(log_dir)
-        self._lines = LINES[config]
-        self._meters: dict[str, dict[str, Meter]] = {section: defaultdict(Meter) for section in self._lines}
-        self._writer: Any = None
+    def __init__(
+        self, log_dir: str | Path, use_tb: bool = True, config: str = "rl", state: dict[str, Any] | None = None
+    ):
+        if config != "rl":
+            raise ValueError(f"unknown logger config {config!r}: choose one of rl")
+        self._paths = {section: Path(log_dir) / f"{section}.log" for section in LINES}
+        self._tb, self._writer = Path(log_dir) / "tb", None
+        self._values: dict[str, Values] = defaultdict(list)  # what waits for its line, by key
+        if state is not None:
+            self._restore(state)
         if use_tb:
             from torch.utils.tensorboard import SummaryWriter  # only here: it takes seconds to import
 
-            self._writer = SummaryWriter(str(self._log_dir / "tb"), purge_step=purge_step)
+            with writing(self._tb):
+                self._writer = SummaryWriter(str(self._tb), purge_step=state["step"] + 1 if state else None)
             self._excepthook, threading.excepthook = threading.excepthook, self._thread_failed
 
+    def _restore(self, state: dict[str, Any]) -> None:
+        sizes = {path: state["sizes"][path.name] for path in self._paths.values()}
+        for path, size in sizes.items():
+            if _size(path) < size:
+                raise UserError(f"{path} is missing or shorter than at the checkpoint: lines were lost")
+        for path, size in sizes.items():
+            if _size(path) > size:
+                os.truncate(path, size)
+        self._values.update((key, [tuple(value) for value in values]) for key, values in state["meters"].items())
+
     def log(self, key: str, value: float | Tensor, step: int, n: int = 1) -> None:
-        """Takes a number or a scalar tensor, the sum of `n` values.
+        """Takes a number or a scalar tensor, the sum of `n` values. Raises ValueError if no section has the key.
 
-        Nothing is fetched from a GPU or written before `dump`.
-
-        Raises:
-            ValueError: the key belongs to no section.
+        Nothing is fetched from a GPU or written here.
         """
-        self._meters[self._section(key)][key].update(value, n, step)
-
-    def _section(self, key: str) -> str:
-        for section in self._meters:
-            if key.startswith((f"{section}/", f"{section}_")):
-                return section
-        raise ValueError(f"the key {key!r} begins with none of {', '.join(self._meters)}")
+        if not key.startswith(tuple(f"{section}{end}" for section in LINES for end in "/_")):
+            raise ValueError(f"the key {key!r} begins with none of {', '.join(LINES)}")
+        # Tensors in host memory become numbers at once: small as they are, each would keep a gap between an update's
+        # large tensors from being filled (https://sourceware.org/glibc/wiki/MallocInternals).
+        kept = value.detach() if isinstance(value, Tensor) and value.device.type != "cpu" else float(value)
+        self._values[key].append((kept, n, step))
 
     def dump(self, step: int) -> None:
         """Writes a line for each section that has values: console, log file and TensorBoard.
 
         Raises:
-            OSError: a file cannot be written; the message names it.
-            NonFiniteLossError: a loss is NaN or infinite; its section's line is not written.
+            MachineError: a file cannot be written, or a loss is NaN or infinite; the message names it.
         """
-        for section, meters in self._meters.items():
-            if not meters:
+        for section, path in self._paths.items():
+            means = {key: _mean(key, values) for key, values in self._values.items() if key.startswith(section)}
+            if not means:
                 continue
-            means = {key: meter.fetch(key) for key, meter in meters.items()}
-            meters.clear()
+            for key in means:
+                del self._values[key]
             record = {_field(key): mean for key, mean in means.items()} | {"step": step}
-            path = self._log_dir / f"{section}.log"
-            with _naming(path), path.open("a") as file:
+            with writing(path), path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
             if self._writer is not None:
-                with _naming(self._log_dir / "tb"):
+                with writing(self._tb):
                     for key, mean in means.items():
                         self._writer.add_scalar(key, mean, step)
                     self._writer.flush()
-            shown = means | {"step": step}
-            parts = [f"{label}: {form.format(shown.get(key, 0))}" for key, label, form in self._lines[section]]
-            print(" | ".join([f"| {colored(section, _COLOURS[section])}", *parts]), flush=True)
+            shown = LINES[section].format_map(defaultdict(float, record))
+            show(f"| {colored(section, COLOURS[section])} | {shown}")
 
     def check_losses(self) -> None:
-        """Raises NonFiniteLossError if a loss that waits for its line is NaN or infinite."""
-        for meters in self._meters.values():
-            for key, meter in meters.items():
-                meter.fetch(key)
+        """Raises MachineError if a loss that waits for its line is NaN or infinite."""
+        for key, values in self._values.items():
+            _mean(key, values)
 
-    def state(self) -> dict[str, Any]:
+    def state(self, step: int) -> dict[str, Any]:
         """What waits for its line, and how long the log files are, in bytes; they are on the disk afterwards."""
-        waiting = {key: meter.state() for meters in self._meters.values() for key, meter in meters.items()}
-        return {"meters": waiting, "sizes": {path.name: synced_size(path) for path in log_files(self._log_dir)}}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Has what `state` gave wait for its line again."""
-        for key, updates in state["meters"].items():
-            for value, n, step in updates:
-                self.log(key, value, step, n)
+        meters = {key: [(float(value), n, at) for value, n, at in values] for key, values in self._values.items()}
+        return {"step": step, "meters": meters, "sizes": {path.name: _size(path) for path in self._paths.values()}}
 
     def log_param(self, key: str, param: nn.Module, step: int) -> None:
         """Histograms of a layer's weight and bias, and of their gradients where there are any."""
@@ -178,42 +131,34 @@ class Logger:
     def log_histogram(self, key: str, histogram: Tensor | np.ndarray, step: int) -> None:
         """Histogram of all entries."""
         if self._writer is not None:
-            with _naming(self._log_dir / "tb"):
+            with writing(self._tb):
                 self._writer.add_histogram(key, histogram, step)
 
     def log_image(self, key: str, image: Tensor | np.ndarray, step: int) -> None:
         """One picture (3, H, W), or a grid of several (N, 3, H, W); uint8, or floating in [0, 1]."""
-        if self._writer is None:
-            return
-        pictures = np.asarray(image.detach().cpu() if isinstance(image, Tensor) else image)
-        pictures = pictures.reshape(-1, *pictures.shape[-3:]).transpose(0, 2, 3, 1)
-        grid = montage(pictures, channel_axis=-1, padding_width=2, fill=[0, 0, 0])
-        with _naming(self._log_dir / "tb"):
-            self._writer.add_image(key, grid, step, dataformats="HWC")
+        if self._writer is not None:
+            pictures = image.numpy(force=True) if isinstance(image, Tensor) else image
+            pictures = pictures.reshape(-1, *pictures.shape[-3:])
+            grid = montage(pictures, channel_axis=1, padding_width=2, fill=[0, 0, 0])
+            with writing(self._tb):
+                self._writer.add_image(key, grid, step, dataformats="HWC")
 
     def log_video(self, key: str, frames: np.ndarray | list[np.ndarray], step: int, fps: int = 15) -> None:
         """Frames (T, H, W, 3), uint8, as an animation."""
-        if self._writer is None:
-            return
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        if self._writer is not None:
+            from tensorboard.compat.proto.summary_pb2 import Summary
 
-        frames = np.asarray(frames)
-        gif = io.BytesIO()
-        iio.imwrite(gif, frames, extension=".gif", duration=1000 / fps, loop=0)
-        _, height, width, channels = frames.shape
-        image = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=gif.getvalue())
-        with _naming(self._log_dir / "tb"):
-            self._writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=key, image=image)]), step)
+            gif = iio.imwrite("<bytes>", frames, extension=".gif", duration=1000 / fps, loop=0)
+            height, width, channels = frames[0].shape
+            image = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=gif)
+            with writing(self._tb):
+                self._writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=key, image=image)]), step)
 
     def close(self) -> None:
-        """Flushes and closes TensorBoard's events.
-
-        Raises:
-            OSError: they cannot be written.
-        """
+        """Flushes and closes TensorBoard's events. Raises MachineError if they cannot be written."""
         if self._writer is not None:
             threading.excepthook = self._excepthook
-            with _naming(self._log_dir / "tb"):
+            with writing(self._tb):
                 self._writer.close()
 
     def _thread_failed(self, failure: Any) -> None:
@@ -222,42 +167,25 @@ class Logger:
             self._excepthook(failure)
 
 
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Names what cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+def _mean(key: str, values: Values) -> float:
+    """The mean. Raises MachineError if `key` is a loss and a value is NaN or infinite; it names the step."""
+    sums = [value for value, _, _ in values]
+    if all(isinstance(value, Tensor) for value in sums):
+        sums = torch.stack(sums).tolist()  # waits for the GPU once, not for each
+    numbers = np.array([float(value) for value in sums])
+    bad = np.flatnonzero(~np.isfinite(numbers))
+    if key.endswith("loss") and len(bad):
+        raise MachineError(f"{key} became {numbers[bad[0]]} at step {values[bad[0]][2]}: the run has diverged")
+    return float(numbers.sum() / sum(n for _, n, _ in values))
 
 
-def log_files(log_dir: Path) -> list[Path]:
-    """The files of lines that a logger writes."""
-    return [log_dir / f"{section}.log" for section in ("train", "eval")]
-
-
-def synced_size(path: Path) -> int:
-    """Bytes of a file, 0 if there is none, after they have been brought to the disk."""
+def _size(path: Path) -> int:
+    """Bytes of a file, which are on the disk afterwards; 0 if there is none."""
     if not path.exists():
         return 0
-    with path.open("rb") as file:
+    with writing(path), path.open("rb") as file:
         os.fsync(file.fileno())
     return path.stat().st_size
-
-
-def cut_logs(log_dir: Path, state: dict[str, Any]) -> None:
-    """Cuts what was written after a logger's `state`.
-
-    Raises:
-        ValueError: a file is shorter than it was then; none has been cut.
-    """
-    files = {path: state["sizes"][path.name] for path in log_files(log_dir)}
-    for path, size in files.items():
-        if (path.stat().st_size if path.exists() else 0) < size:
-            raise ValueError(f"{path} is missing or shorter than at the checkpoint: lines were lost")
-    for path in files:
-        if path.exists():
-            os.truncate(path, files[path])
 
 
 def _field(key: str) -> str:
@@ -265,3 +193,26 @@ def _field(key: str) -> str:
     group, _, name = key.partition("/")
     group = group.partition("_")[2]
     return name if not group or name.startswith(f"{group}_") else f"{group}_{name}"
+
+
+@torch.no_grad()
+def log_networks(logger: Logger, agent: Agent, observations: np.ndarray, step: int) -> None:
+    """Weights of all networks that train, activations on observations (N, ...), and reconstructions beside them."""
+
+    def log_output(key: str, _layer: nn.Module, _inputs: Any, output: Tensor) -> None:
+        logger.log_histogram(f"{key}_output", output, step)
+
+    obs = agent.floating(torch.as_tensor(observations))
+    with ExitStack() as hooks:
+        for network_name, network in agent.networks.items():
+            for name, layer in network.named_modules():
+                if any(parameter.requires_grad for parameter in layer.parameters(recurse=False)):
+                    key = f"train_{network_name}/{name}"
+                    logger.log_param(key, layer, step)
+                    hooks.enter_context(layer.register_forward_hook(partial(log_output, key)))
+        mean_action, *_ = agent.actor(obs, compute_pi=False, compute_log_pi=False)
+        agent.critic(obs, mean_action)
+        if agent.decoder is not None:
+            reconstruction = agent.decoder(agent.critic.encoder(obs)) + 0.5
+            newest = torch.stack([obs[:, -3:] / 255, reconstruction[:, -3:].clamp(0, 1)], dim=1)
+            logger.log_image("eval/observation_and_reconstruction", newest.flatten(0, 1), step)

@@ -1,64 +1,58 @@
-"""Whether bfloat16 is faster than float32 on a machine: asked of a GPU, measured on a CPU."""
+"""How layers compute: float32, TF32 or bfloat16."""
 
 from __future__ import annotations
 
-import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor, nn
+
+from settings import Precision
 
 
-def check_bf16(device: torch.device, filters: int, hidden_dim: int) -> None:
-    """Refuses bfloat16 where it is slower than float32.
+def layers_in(precision: Precision | None, device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which layers compute in a precision; None leaves PyTorch's settings as they are."""
+    if precision is None:
+        return nullcontext()
+    if precision == "bf16":
+        # Without autocast's cache of cast weights, because an update steps weights and then uses them again.
+        return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+    return _tf32(precision == "tf32")
 
-    Args:
-        device: where layers compute.
-        filters: channels of the convolutions; 0 if there are none.
-        hidden_dim: units of the hidden layers.
 
-    Raises:
-        ValueError: it is slower; the message says how much, and which instructions are missing.
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """Sets whether products and convolutions on a GPU use TF32, and restores PyTorch's switches on exit.
+
+    A switch that inherits from the one above it must go on inheriting.
+    https://docs.pytorch.org/docs/stable/notes/cuda.html#tensorfloat-32-tf32-on-ampere-and-later-devices
     """
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            supported = torch.cuda.is_bf16_supported(including_emulation=False)
-        if not supported:
-            name = torch.cuda.get_device_name(device)
-            raise ValueError(f"precision bf16 is slow on this GPU ({name}), which only emulates it: leave it out")
-        return
-    ratio = bf16_ratio(filters, hidden_dim)
-    if ratio > 1:
-        raise ValueError(
-            f"precision bf16 takes {ratio:.1f} times as long as fp32 on this processor, which lacks the instructions "
-            "for it (AMX or AVX512-BF16): leave it out"
-        )
-
-
-def bf16_ratio(filters: int, hidden_dim: int) -> float:
-    """How many times as long bfloat16 takes as float32: a convolution and a matrix product, on one core of the CPU.
-
-    The sizes are a run's, but with few rows and not above the defaults, so that it takes less than a second on
-    processors that need ten times as long.
-    """
-    filters, hidden_dim = min(filters, 32), min(hidden_dim, 1024)
-    seconds = {torch.float32: 0.0, torch.bfloat16: 0.0}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on a busy machine two threads measure how long they wait for each other
+    backends: Any = torch.backends
+    value = "tf32" if allowed else "ieee"
+    before = []
     try:
-        with torch.no_grad(), torch.random.fork_rng([]):
-            image, kernel = torch.randn(2, filters, 41, 41), torch.randn(filters, filters, 3, 3)
-            rows, weight = torch.randn(32, hidden_dim), torch.randn(hidden_dim, hidden_dim)
-            for dtype in seconds:
-                tensors = [tensor.to(dtype) for tensor in (image, kernel, rows, weight)]
-                seconds[dtype] = min(_seconds(*tensors) for _ in range(3))  # the first one warms up
+        for switch in (backends.cudnn, backends.cuda.matmul, backends.cudnn.conv):
+            if switch.fp32_precision != value:
+                before.append((switch, switch.fp32_precision))
+                switch.fp32_precision = value
+        yield
     finally:
-        torch.set_num_threads(threads)
-    return seconds[torch.bfloat16] / seconds[torch.float32]
+        for switch, was in reversed(before):
+            inherited = switch is backends.cudnn and was == backends.fp32_precision
+            switch.fp32_precision = "none" if inherited else was
 
 
-def _seconds(image: torch.Tensor, kernel: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor) -> float:
-    start = time.perf_counter()
-    if len(kernel):
-        F.conv2d(image, kernel)
-    F.linear(rows, weight)
-    return time.perf_counter() - start
+def run_mlp(layers: nn.Sequential, inputs: Tensor) -> Tensor:
+    """`layers(inputs)`, with the last layer in the weights' own precision even under autocast.
+
+    bfloat16 has eight bits: it rounds values above 128 to whole numbers, and rewards are lost in their differences.
+    """
+    if not torch.is_autocast_enabled(inputs.device.type):
+        return layers(inputs)
+    *hidden, last = layers
+    for layer in hidden:
+        inputs = layer(inputs)
+    with torch.autocast(inputs.device.type, enabled=False):
+        return last(inputs.to(last.get_parameter("weight").dtype))

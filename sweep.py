@@ -2,449 +2,278 @@
 
 from __future__ import annotations
 
-import streams
+from support import start
 
 if __name__ == "__main__":
-    streams.mend()
+    start.program()
 
 import argparse
 import ctypes
 import itertools
 import json
-import logging
-import math
+import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 from rich.console import Console, Group
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 
+import dmc2gym
 import train
-from checkpoint import Checkpoint
-from flags import OneLineParser, number, user_path
+from encoder import conv_output_shape
+from errors import UserError
 from replay_buffer import replay_bytes
-from signals import HANGUP, asked_to_stop, held_signals
+from settings import Count, Rate, Weight
+from support import checks, report
+from support.flags import OneLineParser, number, user_path
+from support.run import Progress
+from support.signals import HANGUP, Stop, held_signals
+from support.work_dir import WorkDir
 
 ROOT = Path(__file__).resolve().parent
-METHODS = {
-    "sac_ae": ["--encoder_type", "pixel", "--decoder_type", "pixel"],
-    "sac_pixel": ["--encoder_type", "pixel", "--decoder_type", "identity"],
-    "sac_state": ["--encoder_type", "identity", "--decoder_type", "identity"],
-}
+METHODS = {"sac_ae": ("pixel", "pixel"), "sac_pixel": ("pixel", "identity"), "sac_state": ("identity", "identity")}
+OWN = {"domain_name", "task_name", "encoder_type", "decoder_type", "seed", "work_dir", "overwrite"}  # not after --
 PUBLISHED_BUDGET = 500_000  # environment steps
-# Flags of train.py that are the sweep's to give.
-OWN = ("--domain_name", "--task_name", "--encoder_type", "--decoder_type", "--seed", "--work_dir", "--overwrite")
-_ATTEMPTS = 3  # in a row without a newer checkpoint
-_DEATHS = 10  # of nodes under a run, in a row without a newer checkpoint
-_PAUSE = 10.0  # seconds before the next attempt after one stop in vain, twice as many after two
-_REFRESH = 1.0  # seconds between looks at the logs
-_REPORT = 600.0  # seconds between tables where there is no terminal
-_GRACE = 120.0  # seconds that runs have for their checkpoints when the sweep is stopped
-
-
-class Spec(NamedTuple):
-    """One run of the sweep."""
-
-    name: str
-    flags: list[str]  # of train.py, work_dir included
-    args: argparse.Namespace  # that these come to, with what a run that is there already keeps
-
-    @property
-    def work_dir(self) -> Path:
-        """The run's folder."""
-        return Path(self.args.work_dir)
-
-
-class State(NamedTuple):
-    """How far a run has come."""
-
-    step: int  # decisions
-    speed: float  # decisions a second
-    last_return: float  # of the last evaluation
-    saved: int  # decisions in the checkpoint
-    ended: bool  # all decisions and the last evaluation are made
 
 
 def make_parser() -> OneLineParser:
     """The command line."""
-    parser = OneLineParser(
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        epilog="Flags after -- go to train.py.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--tasks", default="published", help="comma-separated DOMAIN_TASK; or the six published ones")
-    parser.add_argument("--methods", default="sac_ae", help=f"comma-separated, of {', '.join(METHODS)}")
-    parser.add_argument("--seeds", type=train.COUNT, default=1, help="seeds 1 to this")
-    parser.add_argument(
-        "--work_dir", type=user_path, default="./sweep", help="folder of the runs' folders, seen by all nodes"
-    )
-    parser.add_argument("--address", default="local", help="of a Ray cluster, or auto for the one this machine is in")
-    parser.add_argument("--gpus_per_run", type=train.WEIGHT, default=0.0, help="a fraction packs runs on a GPU")
-    parser.add_argument("--cpus_per_run", type=number(float, 0.0001), default=1.0, help="cores that a run asks for")
-    parser.add_argument("--memory_per_run", type=train.RATE, help="GB that a run asks for; None estimates them")
-    parser.add_argument("--dry_run", action="store_true", help="only print the runs and their memory")
+    parser = OneLineParser(description=__doc__, epilog="Flags after -- go to train.py.")
+    add = parser.section("what to run")
+    add("tasks", str, "published", "comma-separated DOMAIN_TASK; or the six published ones")
+    add("methods", str, "sac_ae", f"comma-separated, of {', '.join(METHODS)}")
+    add("seeds", Count, 1, "seeds 1 to this")
+    add("work_dir", user_path, "./sweep", "folder of the runs' folders; all nodes must see it")
+    add("dry_run", bool, False, "only print the runs and their memory")
+    add = parser.section("where to run it")
+    add("address", str, "local", "of a Ray cluster, or auto for the one this machine is in")
+    add("gpus_per_run", Weight, 0.0, "GPUs that a run asks for; with a fraction, runs share a GPU")
+    add("cpus_per_run", number(float, 0.0001), 1.0, "cores that a run asks for")
+    add("memory_per_run", Rate | None, None, "GB that a run asks for; None: an estimate")
     parser.add_argument("flags", nargs="*", help=argparse.SUPPRESS)
     return parser
 
 
-def make_specs(args: argparse.Namespace) -> list[Spec]:
-    """The runs that are asked for.
+class Run:
+    """A run: the flags of train.py, the `args` that they come to, and the bytes of memory that it asks for."""
 
-    Raises:
-        ValueError: there is no such task or method, or train.py refuses the flags.
-    """
-    by_name = {f"{domain}_{task}": (domain, task) for domain, task in train.dmc2gym.task_names()}
-    published = {f"{domain}_{task}": repeat for (domain, task), repeat in train.PUBLISHED_REPEATS.items()}
+    def __init__(self, flags: list[str], args: argparse.Namespace, memory: int):
+        self.flags, self.args, self.memory = flags, args, memory
+        self.work_dir = WorkDir(Path(args.work_dir))
+        self.name, self.failure, self.old_lines = self.work_dir.path.name, "", 0
+        self.old_lines = len(self.printed())
+        self.state = "done" if self.ended() else "waits"  # or "runs" or "failed"
+
+    def ended(self) -> bool:
+        """Whether nothing is left to do. If the checkpoint cannot be read or has other flags, train.py will say so."""
+        with suppress(UserError, OSError):
+            checks.check_resumed(self.args, train.make_parser(), self.work_dir)
+            now = Progress(**(self.work_dir.checkpoint.read()["progress"] or {}))
+            return now.step >= self.args.num_train_steps and not now.evaluation_due()
+        return False
+
+    def finish(self, task: Any) -> str:
+        """Finds out how Ray's task has ended. Returns a line about it."""
+        try:
+            reason = "status 2" if ray.get(task) else "status 0, but no end is seen here: do all nodes share work_dir?"
+        except ray.exceptions.RayError as error:
+            reason = str(getattr(error, "cause", type(error).__name__))
+        if self.ended():
+            self.state = "done"
+            return f"{self.name} has ended: last return {self.last('eval.log').get('episode_reward', 0):.1f}"
+        self.state, self.failure = "failed", reason
+        return f"{self.name} failed with {reason}"
+
+    def printed(self) -> list[str]:
+        """The lines that the run has printed in this sweep."""
+        with suppress(OSError):
+            return (self.work_dir.path / "output.log").read_text(errors="replace").splitlines()[self.old_lines :]
+        return []
+
+    def last(self, log: str) -> dict[str, Any]:
+        """The last record of a log; an empty one if there is none yet, or a part of it."""
+        with suppress(OSError, ValueError, IndexError):
+            return json.loads((self.work_dir.path / log).read_text().splitlines()[-1])
+        return {}
+
+
+def make_runs(args: argparse.Namespace) -> list[Run]:
+    """The runs of the sweep. Raises UserError if there is no such task or method, or if train.py refuses the flags."""
+    by_name = {f"{domain}_{task}": (domain, task) for domain, task in dmc2gym.task_names()}
+    published = {f"{domain}_{task}": repeat for (domain, task), repeat in report.PUBLISHED_REPEATS.items()}
     tasks = list(published if args.tasks == "published" else dict.fromkeys(args.tasks.split(",")))
     methods = list(dict.fromkeys(args.methods.split(",")))
     unknown = [name for name in tasks if name not in by_name] + [name for name in methods if name not in METHODS]
     if unknown:
-        raise ValueError(f"there is no task or method {', '.join(unknown)}; a task is cartpole_swingup, for one")
-    given = {flag.partition("=")[0] for flag in args.flags}
-    if given.intersection(OWN):
-        raise ValueError(f"{', '.join(sorted(given.intersection(OWN)))} after --: tasks, methods and seeds say that")
+        raise UserError(f"there is no task or method {', '.join(unknown)}; a task is cartpole_swingup, for one")
+    runs, parser = [], train.make_parser()
+    given = parser.given(args.flags)
+    if own := sorted(OWN & given.keys()):
+        raise UserError(f"--{', --'.join(own)} after --: tasks, methods and seeds say that")
     if args.gpus_per_run > 1 and args.gpus_per_run % 1:
-        raise ValueError(f"gpus_per_run must be a fraction or a whole number, got {args.gpus_per_run:g}")
-    eval_workers = ["--eval_workers", str(max(1, int(args.cpus_per_run)))]
-    specs = []
-    # Seeds outermost: a sweep that is cut short has seen every task.
+        raise UserError(f"gpus_per_run must be a fraction or a whole number, got {args.gpus_per_run:g}")
+    # Seeds are outermost: a sweep that is cut short has seen every task.
     for seed, task, method in itertools.product(range(1, args.seeds + 1), tasks, methods):
-        name = f"{task}-{method}-{seed}"
-        domain_name, task_name = by_name[task]
-        flags = ["--domain_name", domain_name, "--task_name", task_name, *METHODS[method], *eval_workers]
+        (domain, name), (encoder, decoder) = by_name[task], METHODS[method]
+        flags = f"--domain_name {domain} --task_name {name} --encoder_type {encoder} --decoder_type {decoder}".split()
+        flags += ["--eval_workers", str(max(1, int(args.cpus_per_run)))]
         if task in published:
-            if "--action_repeat" not in given:
-                flags += ["--action_repeat", str(published[task])]
-            if "--num_train_steps" not in given:
-                repeat = train.make_parser().parse_args([*flags, *args.flags]).action_repeat
-                flags += ["--num_train_steps", str(PUBLISHED_BUDGET // repeat)]
-        flags += [*args.flags, "--seed", str(seed), "--work_dir", str(Path(args.work_dir).resolve() / name), "--resume"]
-        specs.append(Spec(name, flags, flags_in_force(flags)))
-    for spec in specs:
-        train.check_task_and_networks(spec.args)
-    return specs
-
-
-def flags_in_force(flags: list[str]) -> argparse.Namespace:
-    """What train.py makes of the flags; if the run's checkpoint cannot be read, it will say so itself."""
-    try:
-        return train.parse(flags)
-    except (ValueError, OSError):
-        return train.make_parser().parse_args(flags)
+            repeat = given.get("action_repeat", published[task])
+            flags += ["--action_repeat", str(repeat), "--num_train_steps", str(PUBLISHED_BUDGET // repeat)]
+        work_dir = Path(args.work_dir).resolve() / f"{task}-{method}-{seed}"
+        flags += [*args.flags, "--seed", str(seed), "--work_dir", str(work_dir), "--resume"]
+        in_force = parser.parse_args(flags)
+        with suppress(UserError, OSError):  # if the checkpoint cannot be read, train.py will say so
+            in_force = checks.parse(parser, flags)
+        if in_force.encoder_type == "pixel":
+            conv_output_shape(in_force.image_size, in_force.image_size, in_force.num_layers)
+        if in_force.replay_buffer_capacity < in_force.batch_size:
+            raise UserError(f"replay_buffer_capacity must be at least batch_size, {in_force.batch_size}")
+        runs.append(Run(flags, in_force, int((args.memory_per_run or 0) * 1e9) or memory(in_force)))
+    return runs
 
 
 def memory(args: argparse.Namespace) -> int:
-    """Bytes of host memory that a run takes, roughly: its replay and 2 GB for all else; 1 GB if it is on states."""
+    """Estimates a run's host memory in bytes: the replay, and 2 GB (on states 1 GB) for the rest."""
     pixels = args.encoder_type == "pixel"
-    if pixels and args.replay_device == "cuda":
-        return int(2e9)
     # The shape of states is not known before the task is made.
     obs_shape = (3 * args.frame_stack, args.image_size, args.image_size) if pixels else (100,)
-    return replay_bytes(obs_shape, (6,), train.replay_capacity(args)) + int(2e9 if pixels else 1e9)
+    on_gpu = pixels and args.replay_device == "cuda"
+    capacity = 0 if on_gpu else min(args.replay_buffer_capacity, args.num_train_steps)
+    return replay_bytes(obs_shape, (6,), capacity) + int(2e9 if pixels else 1e9)
 
 
-def state_of(spec: Spec, before: State | None = None) -> State:
-    """What the run's logs and checkpoint say; of what is not there yet, damaged or being written, nothing.
+@ray.remote(max_retries=10, retry_exceptions=True)  # of errors and of lost nodes
+def run_train(flags: list[str], work_dir: Path) -> int:
+    """Runs train.py on a node; a cancellation sends it SIGTERM. Returns its status 0 or 2 (the user's mistake).
 
-    With the state before, only the logs are read: the checkpoint takes longer.
+    Raises RuntimeError if it is another. Ray then tries again, and train.py resumes the run.
     """
-    steps, speeds, returns = [0], [0.0], [math.nan]
-    for name in ("train", "eval"):
-        with suppress(OSError, ValueError, IndexError, KeyError, TypeError):
-            record = json.loads((spec.work_dir / f"{name}.log").read_text().splitlines()[-1])
-            steps.append(int(record["step"]))
-            if name == "train":
-                speeds.append(float(record["decisions_per_second"]))
-            else:
-                returns.append(float(record["episode_reward"]))
-    saved, ended = (0, False) if before is None else (before.saved, before.ended)
-    if before is None:
-        with suppress(OSError, ValueError):
-            checkpoint = Checkpoint(spec.work_dir / "checkpoint")
-            if checkpoint.exists():
-                saved, ended = checkpoint.step(), checkpoint.ended(spec.args.num_train_steps)
-    return State(max(*steps, saved), speeds[-1], returns[-1], saved, ended)
-
-
-def output_bytes(spec: Spec) -> int:
-    """Size of what the run has printed."""
-    try:
-        return (spec.work_dir / "output.log").stat().st_size
-    except OSError:
-        return 0
-
-
-def output_end(spec: Spec) -> list[str]:
-    """The last lines of what the run has printed."""
-    try:
-        return (spec.work_dir / "output.log").read_text(errors="replace").splitlines()[-5:]
-    except OSError:
-        return []
-
-
-@ray.remote(max_retries=0)
-def carry_out(flags: list[str], work_dir: Path, pause: float) -> int:
-    """Runs train.py on a node, after so many seconds, until it ends; its exit status.
-
-    If this task is cancelled, train.py is told to stop, and writes a checkpoint.
-    """
-    for _ in range(round(10 * pause)):  # neither this sleep nor the one below would hear of a cancellation
-        time.sleep(0.1)
     work_dir.mkdir(parents=True, exist_ok=True)
-    libc = ctypes.CDLL(None)
-
-    def prepare() -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # Ray blocks it
-        if sys.platform.startswith("linux"):  # the kernel shall kill this process when Ray's, its parent, ends
-            libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
+    # On Linux, the kernel kills train.py when its parent, Ray's process, ends: PR_SET_PDEATHSIG is 1.
+    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else lambda *_: None
     with (work_dir / "output.log").open("a", errors="backslashreplace") as output:
         print(f"$ {shlex.join(['python', 'train.py', *flags])}", file=output, flush=True)
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), *flags],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            preexec_fn=prepare,
-        )
+        command = [sys.executable, str(ROOT / "train.py"), *flags]
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=lambda: prctl(1, 9))
         try:
             while process.poll() is None:
-                time.sleep(0.1)
+                time.sleep(0.1)  # a cancellation does not interrupt a call that waits
         finally:
             process.terminate()
-            process.wait()
-    return process.returncode
+            status = process.wait()
+    if status not in (0, 2):
+        raise RuntimeError(f"status {status}" if status > 0 else signal.Signals(-status).name)
+    return status
 
 
-def node_with(request: dict[str, float]) -> bool:
-    """Whether a node of the cluster has so much of each resource, if nothing else runs there."""
-    return any(
-        all(node["Resources"].get(name, 0) >= amount for name, amount in request.items())
-        for node in ray.nodes()
-        if node["Alive"]
-    )
+def start_ray(args: argparse.Namespace, largest: Run, parser: OneLineParser) -> None:
+    """Starts Ray, or joins a cluster. A run too large for every node waits in a cluster; otherwise it is an error."""
+    local = args.address == "local"
+    quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
+    try:
+        with held_signals(HANGUP):  # when the terminal closes, Ray must not end before the runs
+            store = 100_000_000 if local else None  # it stays empty, and would take a third of the memory
+            ray.init(args.address, object_store_memory=store, **quiet)
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        parser.error(f"there is no Ray cluster at {args.address}: {error}")
+    asked = {"CPU": args.cpus_per_run, "GPU": args.gpus_per_run, "memory": largest.memory}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(all(node.get(name, 0) >= amount for name, amount in asked.items()) for node in nodes):
+        shares = f"{args.cpus_per_run:g} cores, {args.gpus_per_run:g} GPUs and {largest.memory / 1e9:.1f} GB of memory"
+        reason = f"no node has the {shares} that {largest.name} asks for"
+        if local:
+            parser.error(f"{reason}: ask for less")
+        print(f"{reason}: it waits for one", file=sys.stderr)
+    if not args.gpus_per_run and ray.cluster_resources().get("GPU"):
+        print("note: without --gpus_per_run all runs are on a node's first GPU", file=sys.stderr)
 
 
-class Sweep:
-    """Runs on their way."""
+def table(runs: list[Run]) -> Group:
+    """How far each run is. Those that are running come first: a terminal shows as many rows as it has room for."""
+    count = [run.state for run in runs].count
+    title = f"{count('done')} of {len(runs)} runs have ended, {count('runs')} are running, {count('failed')} failed"
+    if speed := sum(run.last("train.log").get("decisions_per_second", 0) for run in runs if run.state == "runs"):
+        title += f"; {speed:.1f} decisions a second"
+    columns = [Column(name, justify="right", no_wrap=True) for name in ("decisions", "a second", "last return", "left")]
+    rows = Table(Column("run", overflow="fold"), *columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for run in sorted(runs, key=lambda run: run.state != "runs"):
+        training, evaluation, total = run.last("train.log"), run.last("eval.log"), run.args.num_train_steps
+        step, speed = max(training.get("step", 0), evaluation.get("step", 0)), training.get("decisions_per_second")
+        left = f"{(total - step) / speed / 3600:.1f} h" if speed and run.state == "runs" else run.state
+        last_return = f"{evaluation['episode_reward']:.1f}" if evaluation else ""
+        rows.add_row(run.name, f"{step:,} / {total:,}", f"{speed:.1f}" if speed else "", last_return, left)
+    return Group(title, rows)
 
-    def __init__(self, specs: Sequence[Spec], num_gpus: float, num_cpus: float, memory_gb: float | None):
-        self.specs = list(specs)
-        self.states = {spec.name: state_of(spec) for spec in specs}
-        self.failed: dict[str, str] = {}  # why
-        self._shares = {"num_gpus": num_gpus, "num_cpus": num_cpus}
-        self._memory = {spec.name: int(memory_gb * 1e9) if memory_gb else memory(spec.args) for spec in specs}
-        self._pending: dict[Any, Spec] = {}
-        self._stops: dict[str, list[bool]] = {spec.name: [] for spec in specs}  # in vain; whether a node died
-        self._begun: dict[str, tuple[int, int]] = {}  # bytes of output and decisions saved before the attempt
-        self._waiting = [spec for spec in specs if not self.states[spec.name].ended]
-        for spec in specs:
-            if self.states[spec.name].ended:
-                try:
-                    train.check_resumed(spec.args)
-                except ValueError as error:
-                    self.failed[spec.name] = str(error)
 
-    def start(self) -> None:
-        """Hands the runs that have not ended to Ray."""
-        for spec in self._waiting:
-            self._submit(spec)
-
-    def _submit(self, spec: Spec) -> None:
-        self._begun[spec.name] = (output_bytes(spec), self.states[spec.name].saved)
-        options = carry_out.options(**self._shares, memory=self._memory[spec.name])
-        pause = _PAUSE * len(self._stops[spec.name])
-        self._pending[options.remote(spec.flags, spec.work_dir, pause)] = spec
-
-    def wait(self, seconds: float) -> list[str]:
-        """Waits for something to end, at most so long; a line for each run that has ended, failed or is tried again."""
-        done, _ = ray.wait(list(self._pending), timeout=seconds)
-        lines = [self._end(self._pending.pop(task), task) for task in done]
-        running = self.running()
-        for spec in self._pending.values():
-            if spec.name in running:
-                self.states[spec.name] = state_of(spec, before=self.states[spec.name])
-        return lines
-
-    def _end(self, spec: Spec, task: Any) -> str:
-        """Sees whether a run has ended; if not, it is tried again unless it has stopped in vain too often."""
-        name, died, last = spec.name, False, False
+def carry_out(runs: list[Run], args: argparse.Namespace, console: Console) -> int | None:
+    """Has Ray run what waits, and shows how far it is. Returns the signal that has stopped it, or None."""
+    stop, reported, tasks = Stop(), time.monotonic(), dict[Any, Run]()
+    with stop.listen():
         try:
-            status = ray.get(task)
-            reason = f"status {status}" if status >= 0 else signal.Signals(-status).name
-            last = status == 0
-        except ray.exceptions.NodeDiedError:
-            reason, died = "its node's death", True
-        except ray.exceptions.RayTaskError as error:
-            reason = str(error).strip().splitlines()[-1]
-        except ray.exceptions.RayError as error:
-            reason = type(error).__name__
-        state = self.states[name] = state_of(spec)
-        stops = self._stops[name]
-        if state.ended:
-            return f"{name} has ended: last return {state.last_return:.1f}"
-        if last:
-            reason += f", but its end is not seen here: do all nodes share {spec.work_dir}?"
-        elif state.saved > self._begun[name][1]:
-            stops.clear()
-        else:
-            stops.append(died)
-        if last or stops.count(False) >= _ATTEMPTS or len(stops) >= _DEATHS:
-            self.failed[name] = reason
-            return f"{name} failed with {reason}"
-        self._submit(spec)
-        return f"{name} stopped with {reason}; it goes on from decision {state.saved}"
-
-    def pending(self) -> bool:
-        """Whether there is more to wait for."""
-        return bool(self._pending)
-
-    def stop(self) -> list[str]:
-        """Has the runs write checkpoints and end; a line for each that did not."""
-        for task in self._pending:
-            ray.cancel(task)
-        _, late = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=_GRACE)
-        for spec in self._pending.values():
-            self.states[spec.name] = state_of(spec)
-        lines = [f"{self._pending[task].name} is ended without a checkpoint: it takes too long" for task in late]
-        self._pending = {}
-        return lines
-
-    def unplaceable(self) -> str | None:
-        """Why a run will wait for ever, unless the cluster grows; None if none will."""
-        shares = {"GPU": self._shares["num_gpus"], "CPU": self._shares["num_cpus"]}
-        for spec in self._waiting:
-            size = self._memory[spec.name]
-            if not node_with(shares | {"memory": size}):
-                asked = f"{shares['CPU']:g} cores, {shares['GPU']:g} GPUs and {size / 1e9:.1f} GB of memory"
-                return f"no node has the {asked} that {spec.name} asks for"
-        return None
-
-    def running(self) -> set[str]:
-        """Names of the runs that have written something in this attempt."""
-        return {spec.name for spec in self._pending.values() if output_bytes(spec) > self._begun[spec.name][0]}
-
-    def table(self, most_rows: int | None = None) -> Group:
-        """How far each run is and what is left; of more runs than `most_rows`, those that run."""
-        running = self.running()
-        ended = sum(state.ended for name, state in self.states.items() if name not in self.failed)
-        speed = sum(self.states[name].speed for name in running)
-        title = f"{ended} of {len(self.specs)} runs have ended, {len(running)} are running, {len(self.failed)} failed"
-        # Without lines between them the columns fit in 80 characters.
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        table.add_column("run", overflow="fold")
-        for column in ("decisions", "a second", "last return", "left"):
-            table.add_column(column, justify="right", no_wrap=True)
-        shown = self.specs
-        if most_rows is not None and len(shown) > most_rows:
-            shown = [spec for spec in shown if spec.name in running][: max(1, most_rows)]
-        for spec in shown:
-            table.add_row(spec.name, *self._row(spec, spec.name in running))
-        return Group(f"{title}; {speed:.1f} decisions a second" if speed else title, table)
-
-    def _row(self, spec: Spec, running: bool) -> Iterator[str]:
-        """Its cells in the table."""
-        state, total = self.states[spec.name], spec.args.num_train_steps
-        yield f"{state.step:,} / {total:,}"
-        yield f"{state.speed:.1f}" if state.speed else ""
-        yield "" if math.isnan(state.last_return) else f"{state.last_return:.1f}"
-        if running and state.speed:
-            minutes = (total - state.step) / state.speed / 60
-            yield f"{minutes / 60:.1f} h" if minutes > 60 else f"{minutes:.0f} min"
-        else:
-            yield "failed" if spec.name in self.failed else "done" if state.ended else "runs" if running else "waits"
-
-    def report(self) -> list[str]:
-        """For each run that has failed, its last lines."""
-        lines = []
-        for spec in self.specs:
-            if spec.name in self.failed:
-                line = f"{spec.name} failed with {self.failed[spec.name]}"
-                lines += [f"{line}; its last lines:", *output_end(spec)] if spec.name in self._begun else [line]
-        return lines
-
-
-def carry_on(sweep: Sweep, console: Console) -> int | None:
-    """Waits for the runs, telling how far they are; the signal that broke it off, or None."""
-    reported = time.monotonic()
-    asked: list[int] = []
-    with asked_to_stop(asked.append):
-        try:
+            for run in (run for run in runs if run.state == "waits"):
+                options = run_train.options(num_cpus=args.cpus_per_run, num_gpus=args.gpus_per_run, memory=run.memory)
+                tasks[options.remote(run.flags, run.work_dir.path)] = run
             with Live(console=console, auto_refresh=False, transient=True) as live:
-                while sweep.pending() and not asked:
-                    for line in sweep.wait(_REFRESH):
-                        console.print(line, highlight=False, soft_wrap=True)
+                while tasks and stop.number is None:
+                    for task in ray.wait(list(tasks), timeout=2)[0]:
+                        print(tasks.pop(task).finish(task), flush=True)
+                    for run in tasks.values():
+                        run.state = "runs" if run.printed() else "waits"
                     if console.is_terminal:
-                        live.update(sweep.table(most_rows=console.height - 5), refresh=True)
-                    elif time.monotonic() - reported > _REPORT:
-                        console.print(sweep.table())
+                        live.update(table(runs), refresh=True)
+                    elif time.monotonic() - reported > 600:
+                        console.print(table(runs))
                         reported = time.monotonic()
-            if asked:
-                console.print("stopping: the runs write checkpoints")
-        finally:  # also if nothing can be printed any more, as on a terminal that is gone
-            late = sweep.stop() if sweep.pending() else []
-        for line in late:
-            console.print(line, highlight=False, soft_wrap=True)
-    return asked[0] if asked else None
+            if stop.number is not None:
+                print("stopping: the runs write checkpoints", flush=True)
+        finally:  # also if nothing can be printed, because the terminal is gone
+            for task in tasks:
+                ray.cancel(task)
+            if tasks:
+                ray.wait(list(tasks), num_returns=len(tasks), timeout=120)
+            for run in tasks.values():
+                run.state = "done" if run.ended() else "waits"
+    return stop.number
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    parser = make_parser()
+    parser, stopped_by = make_parser(), None
     args = parser.parse_args(argv)
-    try:
-        specs = make_specs(args)
-    except (ValueError, train.dmc2gym.RendererError) as error:
-        parser.error(str(error))
+    with report.one_line(parser.error):
+        runs = make_runs(args)
     if args.dry_run:
-        for spec in specs:
-            print(f"{spec.name}: about {memory(spec.args) / 1e9:.1f} GB, python train.py {shlex.join(spec.flags)}")
+        for run in runs:
+            print(f"{run.name}: about {run.memory / 1e9:.1f} GB, python train.py {shlex.join(run.flags)}")
         return 0
-    local = args.address == "local"
+    console, waiting = Console(markup=False, highlight=False), [run for run in runs if run.state == "waits"]
     try:
-        with held_signals(HANGUP):  # the end of the terminal must not end Ray before the runs
-            ray.init(
-                address=args.address,
-                log_to_driver=False,
-                include_dashboard=False,
-                logging_level=logging.ERROR,
-                # Nothing goes through Ray's store of objects, which would take a third of the memory.
-                object_store_memory=100_000_000 if local else None,
-            )
-    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        parser.error(f"Ray does not start: {error}" if local else f"there is no Ray cluster at {args.address}: {error}")
-    console = Console(markup=False)  # paths may hold brackets
-    try:
-        sweep = Sweep(specs, args.gpus_per_run, args.cpus_per_run, args.memory_per_run)
-        reason = sweep.unplaceable()
-        if reason is not None and local:
-            parser.error(f"{reason}: ask for less")
-        if reason is not None:
-            print(f"{reason}: it waits for one", file=sys.stderr)
-        if not args.gpus_per_run and ray.cluster_resources().get("GPU"):
-            print("note: without --gpus_per_run all runs are on a node's first GPU", file=sys.stderr)
-        sweep.start()
-        number = carry_on(sweep, console)
-        console.print(sweep.table())
-    except OSError as error:
-        return train.failure(parser, error)
+        if waiting:
+            start_ray(args, max(waiting, key=lambda run: run.memory), parser)
+            stopped_by = carry_out(runs, args, console)
+        console.print(table(runs))
+    except OSError as error:  # stdout is full or gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python fails once more when it exits
+        report.complain(parser.prog, str(error))
+        return 1
     finally:
         ray.shutdown()
-    for line in sweep.report():
-        print(line, file=sys.stderr)
-    if number is not None:
-        print(f"{parser.prog}: stopped by {signal.Signals(number).name}: the same command goes on", file=sys.stderr)
-        return 128 + number
-    return 1 if sweep.failed else 0
+    failed = [run for run in runs if run.state == "failed"]
+    for run in failed:
+        print(f"{run.name} failed with {run.failure}", *run.printed()[-5:], sep="\n    ", file=sys.stderr)
+    if stopped_by is not None:
+        print(f"{parser.prog}: stopped by {signal.Signals(stopped_by).name}: the same command goes on", file=sys.stderr)
+        return 128 + stopped_by
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

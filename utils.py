@@ -8,39 +8,19 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from environment import FrameStack
-from replay_buffer import ReplayBuffer
-
-__all__ = [
-    "FrameStack",
-    "ReplayBuffer",
-    "eval_mode",
-    "make_dir",
-    "module_hash",
-    "preprocess_obs",
-    "set_seed_everywhere",
-    "soft_update_params",
-]
-
-
-class Trainable(Protocol):
-    """A module, or an agent made of modules."""
-
-    training: bool
-
-    def train(self, training: bool = True, /) -> Any:
-        """Sets the mode."""
+from frame_stack import FrameStack as FrameStack  # these two for programs that import them from here
+from replay_buffer import ReplayBuffer as ReplayBuffer
 
 
 @contextmanager
-def eval_mode(*models: Trainable) -> Iterator[None]:
-    """Puts models into evaluation mode and back into the mode that each was in."""
+def eval_mode(*models: Any) -> Iterator[None]:
+    """Puts modules or agents into evaluation mode, and back into the mode that each was in."""
     modes = [model.training for model in models]
     try:
         for model in models:
@@ -67,10 +47,7 @@ def set_seed_everywhere(seed: int) -> None:
 
 
 def module_hash(module: nn.Module) -> str:
-    """SHA-256 of all parameters and buffers, bit by bit: equal for equal modules, whatever device they are on.
-
-    Any shape, type and layout is read, and so is what `get_extra_state` gives, if it can be pickled.
-    """
+    """SHA-256 of all parameters, buffers and extra state, bit by bit: equal for equal modules on any device."""
     digest = hashlib.sha256()
     for name, value in module.state_dict().items():
         digest.update(name.encode())
@@ -102,12 +79,7 @@ def make_dir(dir_path: str | Path) -> Path:
 def preprocess_obs(obs: Tensor, bits: int = 5) -> Tensor:
     """The decoder's target: pixels cut to `bits` bits, dithered, in [-0.5, 0.5] (Glow, arXiv 1807.03039).
 
-    Args:
-        obs: floating pixels 0..255 of any shape.
-        bits: depth that is kept, at most 8.
-
-    Raises:
-        TypeError: the pixels are integers, which cannot carry the dither.
+    obs are floating pixels 0..255 of any shape; integers, which cannot carry the dither, raise TypeError.
     """
     if not obs.is_floating_point():
         raise TypeError(f"preprocess_obs takes floating pixels, got {obs.dtype}")

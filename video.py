@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import uuid
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import imageio.v2 as imageio
+import numpy as np
 
-from signals import held_signals
+from errors import MachineError
+from support.signals import held_signals
 
 
 class VideoRecorder:
@@ -19,71 +20,82 @@ class VideoRecorder:
 
     Args:
         dir_name: folder of the videos, made when the first one is saved; None records nothing.
-        height, width: of the picture in pixels, even.
-        camera_id: of the simulator's cameras.
+        height, width, camera_id: keywords for the environment's `render`; None leaves them out.
         fps: frames a second.
     """
 
     def __init__(
-        self, dir_name: str | Path | None, height: int = 256, width: int = 256, camera_id: int = 0, fps: int = 30
+        self,
+        dir_name: str | Path | None,
+        height: int | None = None,
+        width: int | None = None,
+        camera_id: int | None = None,
+        fps: int = 30,
     ):
         self.dir_name = None if dir_name is None else Path(dir_name)
-        self.height = height
-        self.width = width
-        self.camera_id = camera_id
+        given = {"height": height, "width": width, "camera_id": camera_id}
+        given = {name: value for name, value in given.items() if value is not None}
+        self.keywords: dict[str, Any] = given and {"mode": "rgb_array"} | given
         self.fps = fps
-        self.enabled = False
-        self.frames: list[Any] = []
+        self.init(enabled=False)
 
     def init(self, enabled: bool = True) -> None:
         """Begins a video, or turns recording off."""
-        self.frames = []
+        self.frames: list[Any] = []
         self.enabled = enabled and self.dir_name is not None
 
     def record(self, env: Any) -> None:
-        """Adds a frame of what `env` shows now."""
+        """Adds a picture (H, W, 3), uint8, of what `env` shows now."""
         if self.enabled:
-            frame = env.render(mode="rgb_array", height=self.height, width=self.width, camera_id=self.camera_id)
-            self.frames.append(frame)
+            self.frames.append(env.render(**self.keywords))
 
     def save(self, file_name: str) -> None:
         """Writes the frames to `file_name` (.mp4) in the recorder's folder; it appears whole or not at all."""
-        if not self.enabled or self.dir_name is None:
-            return
-        write_video(self.dir_name / file_name, self.frames, self.fps)
+        if self.enabled and self.dir_name is not None:
+            write_video(self.dir_name / file_name, self.frames, self.fps)
 
 
-def write_video(path: Path, frames: Iterable[Any], fps: int = 30, overwrite: bool = True) -> None:
-    """Writes pictures (H, W, 3), uint8 with even sides, as an mp4, in a folder that is made if it is missing.
+def write_video(path: Path, frames: Iterable[np.ndarray], fps: int = 30, overwrite: bool = True) -> None:
+    """Writes pictures (H, W, 3), uint8, as an mp4, in a folder that is made if it is missing.
 
-    The file appears whole or not at all.
+    The file appears whole or not at all. An odd last row or column is cut, because the format has none.
 
     Raises:
-        FileExistsError: the file is there and shall not be overwritten.
-        OSError: it cannot be written.
+        MachineError: it cannot be written, or is there and must not be overwritten.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{uuid.uuid4().hex}.mp4")
     # One writer thread: by default ffmpeg takes the cores that training needs. Blocks of 2: any even size is kept.
     options: dict[str, Any] = {"macro_block_size": 2, "output_params": ["-threads", "1"], "ffmpeg_log_level": "quiet"}
     try:
-        writer: Any
-        with imageio.get_writer(temporary, fps=fps, **options) as writer:
-            for frame in frames:
-                with held_signals():  # the first frame starts ffmpeg
-                    writer.append_data(frame)
-        if not is_whole(temporary):
-            raise OSError("a full disk at its end is nothing that ffmpeg tells")
-        if path.exists() and not overwrite:
-            raise FileExistsError(f"{path} exists by now, and is not overwritten")
-        temporary.replace(path)
-    except FileExistsError:
-        raise
-    except OSError as error:  # of many lines
-        raise OSError(errno.EIO, "ffmpeg could not write it; is the disk full?", str(path)) from error
+        with _ffmpeg(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            writer: Any = imageio.get_writer(temporary, fps=fps, **options)
+        try:
+            for frame in frames:  # an error in making one is not ffmpeg's
+                height, width = (side // 2 * 2 for side in frame.shape[:2])
+                with _ffmpeg(path), held_signals():  # the first frame starts ffmpeg
+                    writer.append_data(frame[:height, :width])
+        finally:
+            with _ffmpeg(path):
+                writer.close()
+        with _ffmpeg(path):
+            if not is_whole(temporary):
+                raise OSError("ffmpeg does not tell of a disk that is full at its end")
+            if path.exists() and not overwrite:
+                raise MachineError(f"{path} exists by now, and is not overwritten")
+            temporary.replace(path)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _ffmpeg(path: Path) -> Iterator[None]:
+    """Turns ffmpeg's errors, which have many lines, into one."""
+    try:
+        yield
+    except OSError as error:
+        raise MachineError(f"video {path}: ffmpeg could not write it; is the disk full?") from error
 
 
 def is_whole(path: Path) -> bool:

@@ -1,17 +1,17 @@
 """The Control Suite as gym 0.26 environments.
 
-Importing this package chooses MuJoCo's renderer, which must happen before dm_control is imported.
+The import chooses MuJoCo's renderer, because dm_control reads that choice when it is imported.
 """
 
 import contextlib
 
-# PyTorch's CUDA build brings Triton, which crashes where it is imported after Mesa has loaded another LLVM to render.
+# Triton (part of PyTorch's CUDA build) crashes if it is imported after Mesa has loaded another LLVM. So it comes first.
 with contextlib.suppress(ImportError):
     import triton  # noqa: F401
 
-from dmc2gym.rendering import RendererError, choose_backend, renderer_name
-from dmc2gym.wrappers import DMCWrapper, make, task_names
+from dmc2gym.rendering import RendererError, choose_backend
+from dmc2gym.wrappers import DMCWrapper, make, renderer_of, task_names
 
 choose_backend()
 
-__all__ = ["DMCWrapper", "RendererError", "make", "renderer_name", "task_names"]
+__all__ = ["DMCWrapper", "RendererError", "make", "renderer_of", "task_names"]

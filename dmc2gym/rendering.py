@@ -1,120 +1,85 @@
-"""Choice of MuJoCo's renderer: it happens through the environment, once, before dm_control is imported."""
+"""Chooses, starts and names MuJoCo's renderer."""
 
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-# What users set to choose a renderer or a driver; where drawing fails, those that are set are the suspects.
+from errors import MachineError
+
+# Users set these to choose a renderer or a driver. If rendering fails, the message names those that are set.
 _VARIABLES = (
     *("MUJOCO_GL", "MUJOCO_EGL_DEVICE_ID", "PYOPENGL_PLATFORM", "EGL_PLATFORM", "GALLIUM_DRIVER"),
     *("__EGL_VENDOR_LIBRARY_DIRS", "__EGL_VENDOR_LIBRARY_FILENAMES", "LIBGL_DRIVERS_PATH"),
 )
-_CHOSEN = "DMC2GYM_RENDERER"  # what `choose_backend` has put into MUJOCO_GL, here or in a process above this one
-_TRIAL = "from dm_control._render import Renderer; Renderer(8, 8).free()"
+_CHOSEN = "DMC2GYM_RENDERER"  # the MUJOCO_GL that `choose_backend` has set, in this process or in a parent
 _SOFTWARE = ("llvmpipe", "softpipe", "swrast", "software")
-INSTALL_HINT = "on Debian or Ubuntu: apt-get install libegl1 libgl1-mesa-dri libopengl0"
+_INSTALL_HINT = "on Debian or Ubuntu: apt-get install libegl1 libgl1-mesa-dri libopengl0"
 
 
-class RendererError(RuntimeError):
-    """Nothing here can render; the message says what helps."""
+class RendererError(MachineError):
+    """Nothing on this machine can render. The message says why, and what helps."""
 
 
 def choose_backend() -> None:
-    """Sets MUJOCO_GL on Linux unless the user has: EGL, which needs no display, or OSMesa, or none.
+    """Sets MUJOCO_GL on Linux, unless the user has: "egl" (needs no display), else "osmesa", else "disabled".
 
-    A library that loads may still not work, so each is tried. That happens in a process of its own, for what has
-    failed in one leaves PyOpenGL unusable there. Elsewhere the choice stays with dm_control.
+    A backend can load and still not work, so each one is tried. A failed trial leaves PyOpenGL unusable in its
+    process, so trials run in subprocesses. On other systems dm_control chooses.
     """
-    if os.environ.get("MUJOCO_GL") or not sys.platform.startswith("linux"):
+    if os.environ.get("MUJOCO_GL") or sys.platform != "linux":
         return
-    # Who names a GPU for EGL does not want to be drawn for by software on the CPU.
+    # A user who names a GPU for EGL does not want software on the CPU instead.
     backends = ["egl"] if "MUJOCO_EGL_DEVICE_ID" in os.environ else ["egl", "osmesa"]
     working = (backend for backend in backends if _works(backend))
     os.environ["MUJOCO_GL"] = os.environ[_CHOSEN] = next(working, "disabled")
 
 
 def _works(backend: str) -> bool:
-    """Whether a renderer starts here; a third of a second."""
-    command = [sys.executable, "-c", _TRIAL]
+    """Whether a renderer starts with this backend. The trial takes a third of a second."""
+    command = [sys.executable, "-c", "from dm_control._render import Renderer; Renderer(8, 8).free()"]
+    environment = os.environ | {"MUJOCO_GL": backend}
     try:
-        return not subprocess.run(
-            command, env=os.environ | {"MUJOCO_GL": backend}, capture_output=True, timeout=60, check=False
-        ).returncode
+        return subprocess.run(command, env=environment, capture_output=True, timeout=60).returncode == 0
     except (OSError, subprocess.TimeoutExpired):
         return False
 
 
 def renderer_error(cause: Exception) -> RendererError:
-    """What to tell a user where drawing has failed: why, and the variables to look at, or else what to install."""
-    # Not what this program has chosen itself, nor what dm_control sets after it.
+    """Makes the error for users: the cause, and the variables that they set, or else what to install."""
+    # Values that this package or dm_control has set are not the user's.
     ours = {"MUJOCO_GL": os.environ.get(_CHOSEN), "PYOPENGL_PLATFORM": os.environ.get("MUJOCO_GL")}
     found = {name: os.environ[name] for name in _VARIABLES if os.environ.get(name) not in (None, ours.get(name))}
     named = ", ".join(f"{name}={value}" for name, value in found.items())
     reason = " ".join(str(cause).split()) or type(cause).__name__
-    advice = f"{named} is set: unset it, or choose another value" if named else INSTALL_HINT
+    advice = f"{named} is set: unset it, or choose another value" if named else _INSTALL_HINT
     return RendererError(f"no usable renderer ({reason}); {advice}")
 
 
-@contextmanager
-def not_started(physics: Any) -> Iterator[None]:
-    """Within it, a simulation that has drawn nothing yet has no renderer, and makes none.
-
-    A task may ask for one at a reset, to tell it what has changed (quadruped escape: its terrain). One that is made
-    later sees the change anyway.
-    """
-    if physics._contexts:
-        yield
-        return
-    kind = type(physics)
-    physics.__class__ = type(kind.__name__, (kind,), {"contexts": None})
+def start_renderer(physics: Any, height: int = 0, width: int = 0) -> None:
+    """Starts the renderer of dm_control's physics, again if its buffer is too small. Raises RendererError."""
+    visual, displays = physics.model.vis.global_, ("DISPLAY", "WAYLAND_DISPLAY")
     try:
-        yield
-    finally:
-        physics.__class__ = kind
-
-
-def check_display() -> None:
-    """Raises RuntimeError for GLFW without a display, which would only fail after many lines of its own."""
-    displays = ("DISPLAY", "WAYLAND_DISPLAY")
-    if os.environ.get("MUJOCO_GL") == "glfw" and sys.platform.startswith("linux") and not any(map(os.getenv, displays)):
-        raise RuntimeError("it needs a display, and there is none")
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Holds Ctrl-C back until the end: a renderer that is half made prints a traceback when Python tears it down."""
-    if threading.current_thread() is not threading.main_thread():  # others are not interrupted, and may set no handler
-        yield
-        return
-    held: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _frame: held.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if held:
-            signal.raise_signal(signal.SIGINT)
+        if os.environ.get("MUJOCO_GL") == "glfw" and sys.platform == "linux" and not any(map(os.getenv, displays)):
+            raise RuntimeError("GLFW needs a display, and there is none")  # GLFW itself prints many lines first
+        if height > visual.offheight or width > visual.offwidth:
+            visual.offheight, visual.offwidth = max(height, visual.offheight), max(width, visual.offwidth)
+            if physics._contexts:
+                physics._free_rendering_contexts()
+        _ = physics.contexts  # dm_control starts the renderer here
+    except Exception as error:  # each backend and driver raises its own kinds
+        raise renderer_error(error) from error
 
 
 def renderer_name(physics: Any) -> tuple[str, bool]:
-    """What draws the pictures, as OpenGL names it, and whether that is software on the CPU.
-
-    Args:
-        physics: dm_control's, of any task.
-    """
+    """OpenGL's name of the renderer, and whether it is software on the CPU. Raises RendererError."""
+    start_renderer(physics)
     from OpenGL import GL
 
-    contexts = physics.contexts
-    with contexts.gl.make_current() as context:
+    with physics.contexts.gl.make_current() as context:
         name = context.call(GL.glGetString, GL.GL_RENDERER)
     name = name.decode() if name else "unknown"
-    return f"{name} through {os.environ.get('MUJOCO_GL', 'the default backend')}", any(
-        word in name.lower() for word in _SOFTWARE
-    )
+    software = any(word in name.lower() for word in _SOFTWARE)
+    return f"{name} through {os.environ.get('MUJOCO_GL', 'the default backend')}", software

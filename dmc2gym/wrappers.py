@@ -1,51 +1,38 @@
-"""A Control Suite task as a gym 0.26 environment."""
+"""Control Suite tasks as gym 0.26 environments."""
 
 from __future__ import annotations
 
 import atexit
 import concurrent.futures.thread  # noqa: F401  # for `_free_at_exit`
+import difflib
 import logging
 import math
 import threading
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import gym
 import numpy as np
 from gym.wrappers import TimeLimit
 
-from dmc2gym.rendering import check_display, not_started, renderer_error, renderer_name, uninterrupted
+from dmc2gym.rendering import renderer_error, renderer_name, start_renderer
+from errors import UserError
 
-_UNLIMITED = 1e10  # dm_control's limit of an actuator without one (mjMAXVAL)
-
-
-def _suite() -> Any:
-    """dm_control's suite, imported when it is first needed: that takes a second, and `--help` should not."""
-    logging.getLogger("absl").addFilter(_worth_reading)
-    warnings.filterwarnings("ignore", module="glfw")  # that it finds no display: said where it matters
-    try:
-        from dm_control import suite
-    except Exception as error:  # what a renderer raises that cannot start is of many kinds
-        raise renderer_error(error) from error
-    return suite
+_UNLIMITED = 1e10  # dm_control's limit of an actuator that has none (mjMAXVAL)
 
 
-def _physics_error() -> type[Exception]:
-    """What dm_control raises where a simulation diverges."""
-    from dm_control.rl.control import PhysicsError
+def make(domain_name: str, task_name: str, seed: int = 1, *, episode_length: int = 1000, **options: Any) -> gym.Env:
+    """Makes a `DMCWrapper` that truncates episodes after so many environment steps, rounded up to whole decisions.
 
-    return PhysicsError
-
-
-def _nothing(_physics: Any) -> dict[str, np.ndarray]:
-    return {"nothing": np.zeros(0)}
-
-
-def _worth_reading(record: logging.LogRecord) -> bool:
-    """Not MuJoCo's warning at every load of the suite's own models, nor what `step` tells in `physics_error`."""
-    return not any(text in record.getMessage() for text in ("settotalmass", "The simulation is unstable"))
+    `options` are its other keywords, such as `from_pixels`. Raises ValueError if `episode_length` is less than 1.
+    """
+    if episode_length < 1:
+        raise ValueError(f"episode_length must be at least 1, got {episode_length}")
+    env = DMCWrapper(domain_name, task_name, seed, **options)
+    return TimeLimit(env, max_episode_steps=math.ceil(episode_length / env.frame_skip))
 
 
 def task_names() -> list[tuple[str, str]]:
@@ -53,66 +40,74 @@ def task_names() -> list[tuple[str, str]]:
     return list(_suite().ALL_TASKS)
 
 
-def make(
-    domain_name: str,
-    task_name: str,
-    seed: int = 1,
-    visualize_reward: bool = True,
-    from_pixels: bool = False,
-    height: int = 84,
-    width: int = 84,
-    camera_id: int | None = None,
-    frame_skip: int = 1,
-    episode_length: int = 1000,
-    environment_kwargs: dict[str, Any] | None = None,
-    time_limit: float | None = None,
-    channels_first: bool = True,
-) -> gym.Env:
-    """A task with its time limit.
+def renderer_of(env: Any, drawn: bool = True) -> tuple[str, bool] | None:
+    """What draws the pictures of an environment, if they are drawn, and whether that is software on the CPU.
 
-    Args:
-        domain_name, task_name: of the suite.
-        seed: of the task's own randomness and of the action space.
-        visualize_reward: colour the scene by reward in `render`; observed pixels never show the reward.
-        from_pixels: observe pixels, not states.
-        height, width: of observed pixels.
-        camera_id: of observed pixels; None is camera 0, but 2 for quadruped, whose camera 0 does not follow it.
-        frame_skip: environment steps an action is repeated for.
-        episode_length: environment steps after which an episode is truncated.
-        environment_kwargs: for dm_control's Environment.
-        time_limit: the task's own limit in simulated seconds; None is the task's default.
-        channels_first: pixels (3, H, W), else (H, W, 3).
-
-    Raises:
-        ValueError: no such task, or a number out of range.
-        RendererError: pixels were asked for and nothing can render.
+    `env` is any gym or Gymnasium environment, wrapped or not. If it is no `DMCWrapper`, the answer is None. Raises
+    RendererError if nothing can render.
     """
-    if frame_skip < 1 or episode_length < 1:
-        raise ValueError(f"frame_skip {frame_skip} and episode_length {episode_length} must be at least 1")
-    env = DMCWrapper(
-        domain_name,
-        task_name,
-        seed=seed,
-        visualize_reward=visualize_reward,
-        from_pixels=from_pixels,
-        height=height,
-        width=width,
-        camera_id=camera_id,
-        frame_skip=frame_skip,
-        environment_kwargs=environment_kwargs,
-        time_limit=time_limit,
-        channels_first=channels_first,
-    )
-    return TimeLimit(env, max_episode_steps=math.ceil(episode_length / frame_skip))
+    task = env.unwrapped
+    task = getattr(task, "gym_env", task).unwrapped  # a gym environment that shimmy shows as one of Gymnasium
+    if not isinstance(task, DMCWrapper):
+        return None
+    return renderer_name(task.physics) if drawn else ("none", False)
+
+
+def _suite() -> Any:
+    """Imports dm_control's suite, late: that takes a second, which `--help` should not."""
+    logging.getLogger("absl").addFilter(_worth_reading)
+    warnings.filterwarnings("ignore", module="glfw")  # about a missing display, which matters only if GLFW is chosen
+    try:
+        from dm_control import suite
+    except Exception as error:  # each renderer that cannot load raises its own kinds
+        raise renderer_error(error) from error
+    return suite
+
+
+def _worth_reading(record: logging.LogRecord) -> bool:
+    """Hides MuJoCo's warning about the suite's own models, and what `step` reports as `physics_error`."""
+    return not any(text in record.getMessage() for text in ("settotalmass", "The simulation is unstable"))
+
+
+@contextmanager
+def _replaced(owner: Any, method: str, replacement: Callable[..., Any]) -> Iterator[None]:
+    """Replaces a method of one object within a `with` block."""
+    setattr(owner, method, replacement)  # hides the method of the class
+    try:
+        yield
+    finally:
+        delattr(owner, method)
 
 
 class DMCWrapper(gym.Env):
-    """A task without a time limit of gym's; arguments as for `make`.
+    """A Control Suite task. Only the task's own time limit ends an episode; `make` adds one in environment steps.
 
-    Pickling keeps the state of task and simulation, not the renderer, which is made anew when it is needed.
+    A pickle holds the state of task and simulation, but no renderer; the copy starts its own when it draws.
+
+    Args:
+        domain_name, task_name: of the suite.
+        seed: of the task's randomness and of the action space.
+        visualize_reward: whether `render` colours the scene by reward. Observed pixels never show the reward.
+        from_pixels: whether to observe pixels, uint8, instead of states, (D,) float64.
+        height, width: of observed pixels.
+        camera_id: of all pictures. None: camera 0, but 2 for quadruped, whose camera 0 does not follow the robot.
+        frame_skip: environment steps in a decision; the action is repeated.
+        environment_kwargs: for dm_control's Environment.
+        time_limit: of the task, in simulated seconds. None: the task's default.
+        channels_first: whether pixels are (3, H, W) or (H, W, 3).
+        render_size: height and width of the pictures of a plain `render()`. None: those of observed pixels.
+
+    Attributes:
+        physics: dm_control's simulation.
+        state_space: the space of states, also if pixels are observed.
+        current_state: the last state, (D,) float64; None before the first reset.
+
+    Raises:
+        ValueError: there is no such task, or `frame_skip` is less than 1.
+        RendererError: the user chose a renderer that does not load.
     """
 
-    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012  # gym declares it an instance's
+    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012  # gym annotates it as an instance's
 
     def __init__(
         self,
@@ -128,27 +123,22 @@ class DMCWrapper(gym.Env):
         environment_kwargs: dict[str, Any] | None = None,
         time_limit: float | None = None,
         channels_first: bool = True,
+        render_size: int | None = None,
     ):
-        suite = _suite()
-        if (domain_name, task_name) not in suite.ALL_TASKS:
-            raise ValueError(f"the Control Suite has no task {domain_name} {task_name}")
-        task_kwargs: dict[str, Any] = {"random": seed}
-        if time_limit is not None:
-            task_kwargs["time_limit"] = time_limit
-        self._env = suite.load(
-            domain_name,
-            task_name,
-            task_kwargs=task_kwargs,
-            environment_kwargs=environment_kwargs,
-            visualize_reward=visualize_reward and not from_pixels,
-        )
-        self._from_pixels = from_pixels
-        self._height = height
-        self._width = width
+        if (domain_name, task_name) not in task_names():
+            wanted, names = f"{domain_name} {task_name}", [" ".join(names) for names in task_names()]
+            in_domain = [name for name in names if name.startswith(f"{domain_name} ")]
+            close = ", ".join(in_domain or difflib.get_close_matches(wanted, names, cutoff=0.4)) or "none"
+            raise UserError(f"the Control Suite has no task {wanted}; close ones: {close}")
+        if frame_skip < 1:
+            raise ValueError(f"frame_skip must be at least 1, got {frame_skip}")
+        task_kwargs = {"random": seed} | ({} if time_limit is None else {"time_limit": time_limit})
+        coloured = visualize_reward and not from_pixels
+        self._env = _suite().load(domain_name, task_name, task_kwargs, environment_kwargs, coloured)
+        self.physics, self.frame_skip, self.render_mode = self._env.physics, frame_skip, "rgb_array"
+        self._from_pixels, self._channels_first = from_pixels, channels_first
+        self._height, self._width, self._render_size = height, width, render_size
         self.camera_id = camera_id if camera_id is not None else {"quadruped": 2}.get(domain_name, 0)
-        self._frame_skip = frame_skip
-        self._channels_first = channels_first
-        self.render_mode = "rgb_array"
 
         limits = self._env.action_spec()
         unlimited = np.abs([limits.minimum, limits.maximum]).max(axis=0) >= _UNLIMITED
@@ -157,63 +147,48 @@ class DMCWrapper(gym.Env):
         self.action_space = gym.spaces.Box(-1.0, 1.0, limits.shape, np.float32, seed=seed)
         size = sum(math.prod(spec.shape) for spec in self._env.observation_spec().values())
         self.state_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float64)
-        if from_pixels:
-            shape = (3, height, width) if channels_first else (height, width, 3)
-            self.observation_space = gym.spaces.Box(0, 255, shape, np.uint8)
-        else:
-            self.observation_space = self.state_space
+        shape = (3, height, width) if channels_first else (height, width, 3)
+        self.observation_space = gym.spaces.Box(0, 255, shape, np.uint8) if from_pixels else self.state_space
         self.current_state: np.ndarray | None = None
         self._free_at_exit()
 
     def _free_at_exit(self) -> None:
-        # At garbage collection, or before exit: renderers that Python tears down print tracebacks. OSMesa draws in a
-        # thread of concurrent.futures, which ends its threads before `atexit` calls anything; what is registered here
-        # after it was imported comes before that. https://github.com/python/cpython/blob/3.13/Lib/threading.py
-        self._finalizer = weakref.finalize(self, self._env.physics.free)
+        # A renderer that is left to Python's shutdown prints tracebacks. OSMesa draws in a thread of
+        # concurrent.futures, which registers the end of its threads here when it is imported, above. The last
+        # function registered is called first. https://github.com/python/cpython/blob/3.13/Lib/threading.py
+        self._finalizer = weakref.finalize(self, self.physics.free)
         getattr(threading, "_register_atexit", atexit.register)(self._finalizer)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_finalizer"}
+        return {name: value for name, value in vars(self).items() if name != "_finalizer"}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__dict__.update(state)
         self._free_at_exit()
 
-    @property
-    def physics(self) -> Any:
-        """dm_control's physics."""
-        return self._env.physics
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        """Starts an episode. A seed alone determines it; only LQR's springs come from the seed of `make`.
 
-    @property
-    def random_state(self) -> dict[str, Any]:
-        """State of the generator that episodes are drawn from, to be set again."""
-        return self._env.task.random.get_state(legacy=False)
-
-    @random_state.setter
-    def random_state(self, state: dict[str, Any]) -> None:
-        self._env.task.random.set_state(state)
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Starts an episode; with a seed, one that depends on that seed alone.
-
-        LQR tasks draw their springs when they are made: there it depends on the seed of `make`, too. A simulation that
-        diverges before it has begun is begun anew, up to ten times.
+        Returns:
+            Observation and info, as from `step`.
 
         Raises:
-            dm_control.rl.control.PhysicsError: it has diverged each time.
+            dm_control.rl.control.PhysicsError: the simulation diverged at once, ten times.
+            RendererError: pixels are observed and nothing can render.
         """
+        from dm_control.rl.control import PhysicsError
+
         super().reset(seed=seed)
         if seed is not None:
             self._env.task.random.seed(seed)
-        with not_started(self._env.physics):
-            for left in reversed(range(10)):
+        # Quadruped escape asks for a renderer, to tell it the new terrain. One that starts later sees it anyway.
+        with _replaced(self.physics, "_make_rendering_contexts", lambda: None):
+            for attempts_left in reversed(range(10)):
                 try:
                     time_step = self._env.reset()
                     break
-                except _physics_error():
-                    if not left:
+                except PhysicsError:
+                    if not attempts_left:
                         raise
         self._last = self._observe(time_step)
         return self._last
@@ -225,101 +200,58 @@ class DMCWrapper(gym.Env):
             action: (A,) in [-1, 1].
 
         Returns:
-            The last observation, rewards summed, whether the task ended (its discount is 0) or its time ran out,
-            and info with `internal_state` (the simulator's) and `discount`. Where the simulation diverges, the episode
-            ends with reward 0, discount 0, the observation before, and the reason in info as `physics_error`.
+            The last observation, the sum of rewards, whether the task ended (its discount is 0), whether its time ran
+            out, and info: `internal_state` (the simulator's, float64) and `discount`. If the simulation diverges, the
+            episode ends with reward 0, discount 0, the previous observation, and the reason in info as `physics_error`.
 
         Raises:
-            ValueError: the action is of another shape, out of range or not finite.
+            ValueError: the action has another shape, is out of range or is not finite.
+            RendererError: pixels are observed and nothing can render.
         """
+        from dm_control.rl.control import PhysicsError
+
         action = np.asarray(action, dtype=np.float64)
         if action.shape != self.action_space.shape or not (np.abs(action) <= 1).all():
             raise ValueError(f"actions are {self.action_space.shape} in [-1, 1], got {action}")
+        scaled = self._action_low + (action + 1) / 2 * (self._action_high - self._action_low)
+        reward = 0.0
         try:
-            time_step, reward = self._advance(action)
+            # The observation is computed once, after the last step.
+            with _replaced(self._env.task, "get_observation", lambda _physics: {"nothing": np.zeros(0)}):
+                for _ in range(self.frame_skip):
+                    time_step = self._env.step(scaled)
+                    reward += time_step.reward or 0.0
+                    if time_step.last():
+                        break
             self._last = obs, info = self._observe(time_step)
-        except _physics_error() as error:
-            # As in dm_control's composer.Environment. The observation stays finite: it is the last one before.
+        except PhysicsError as error:  # as in dm_control's composer.Environment, but with a finite observation
             obs, info = self._last
             return obs.copy(), 0.0, True, False, info | {"discount": 0.0, "physics_error": str(error)}
         ended = bool(time_step.discount == 0)
         return obs, reward, ended, bool(time_step.last() and not ended), info
 
-    def _advance(self, action: np.ndarray) -> tuple[Any, float]:
-        """The environment steps of a decision: dm_control's last time step, and the rewards summed."""
-        scaled = self._action_low + (action + 1) / 2 * (self._action_high - self._action_low)
-        reward = 0.0
-        for left in reversed(range(self._frame_skip)):
-            time_step = self._step_unobserved(scaled) if left else self._env.step(scaled)
-            reward += time_step.reward or 0.0
-            if time_step.last():
-                if left:
-                    time_step = time_step._replace(observation=self._env.task.get_observation(self._env.physics))
-                break
-        return time_step, reward
-
-    def _step_unobserved(self, action: np.ndarray) -> Any:
-        """An environment step that another one follows: its observation, which nobody sees, is not computed."""
-        task = self._env.task
-        task.get_observation = _nothing  # hides the task's own method
-        try:
-            return self._env.step(action)
-        finally:
-            del task.get_observation
-
     def _observe(self, time_step: Any) -> tuple[np.ndarray, dict[str, Any]]:
-        values = [np.ravel(value) for value in time_step.observation.values()]
-        self.current_state = np.concatenate(values).astype(np.float64)
-        info = {
-            "internal_state": self._env.physics.get_state().copy(),
-            "discount": 1.0 if time_step.discount is None else time_step.discount,
-        }
+        values = self._env.task.get_observation(self.physics).values()
+        self.current_state = np.concatenate([np.ravel(value) for value in values]).astype(np.float64)
+        discount = 1.0 if time_step.discount is None else time_step.discount
+        info = {"internal_state": self.physics.get_state().copy(), "discount": discount}
         if not self._from_pixels:
             return self.current_state.copy(), info
         pixels = self.render(height=self._height, width=self._width)
         return np.ascontiguousarray(pixels.transpose(2, 0, 1)) if self._channels_first else pixels, info
 
     def render(  # type: ignore[override]  # as in gym before 0.26: size and camera by call
-        self,
-        mode: str = "rgb_array",
-        height: int | None = None,
-        width: int | None = None,
-        camera_id: int | None = None,
+        self, mode: str = "rgb_array", height: int | None = None, width: int | None = None, camera_id: int | None = None
     ) -> np.ndarray:
-        """A picture (H, W, 3), uint8; size and camera are by default those of observed pixels.
+        """Draws a picture, (H, W, 3) uint8; by default of `render_size` and with the environment's camera.
 
-        Raises:
-            ValueError: another mode.
-            RendererError: nothing can render.
+        Raises ValueError if the mode is not rgb_array, RendererError if nothing can render.
         """
         if mode != "rgb_array":
             raise ValueError(f"render mode {mode!r} is not supported, only rgb_array")
-        height = self._height if height is None else height
-        width = self._width if width is None else width
-        camera_id = self.camera_id if camera_id is None else camera_id
-        self._start_renderer(height, width)
-        return self._env.physics.render(height=height, width=width, camera_id=camera_id)
-
-    def _start_renderer(self, height: int = 0, width: int = 0) -> None:
-        """Makes the renderer, or makes it anew if its buffer is too small for a picture."""
-        physics, visual = self._env.physics, self._env.physics.model.vis.global_
-        try:
-            check_display()
-            if height > visual.offheight or width > visual.offwidth:
-                visual.offheight, visual.offwidth = max(height, visual.offheight), max(width, visual.offwidth)
-                if physics._contexts:
-                    physics._free_rendering_contexts()
-            if not physics._contexts:
-                with uninterrupted():
-                    _ = physics.contexts
-        except Exception as error:  # of many kinds, by backend and driver
-            raise renderer_error(error) from error
-
-    @property
-    def renderer(self) -> tuple[str, bool]:
-        """What draws the pictures, and whether it is software on the CPU."""
-        self._start_renderer()
-        return renderer_name(self._env.physics)
+        height, width = height or self._render_size or self._height, width or self._render_size or self._width
+        start_renderer(self.physics, height, width)
+        return self.physics.render(height, width, self.camera_id if camera_id is None else camera_id)
 
     def close(self) -> None:
         """Frees simulation and renderer."""

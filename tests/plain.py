@@ -6,7 +6,9 @@ project's update can be tested against it, and its speed measured beside it.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import deque
 
 import numpy as np
 import torch
@@ -89,6 +91,24 @@ class PlainAgent:
             encoder = [tensor for name, tensor in self.critic.items() if name.startswith("encoder.")]
             self.encoder_adam = adam(encoder, 1e-3, 0.9)
             self.decoder_adam = adam(list(self.decoder.values()), 1e-3, 0.9, decay=1e-7)
+
+    def act(self, obs):
+        """Actions (N, A) for observations (N, ...)."""
+        with torch.no_grad():
+            obs = torch.as_tensor(obs, dtype=torch.float32, device=self.log_alpha.device)
+            return policy(self.actor, obs)[0].cpu().numpy()
+
+    def train(self, env, replay):
+        """The training loop without evaluation, as an iterator of decisions. Each but the first has an update."""
+        obs, _ = env.reset()
+        for step in itertools.count():
+            action = self.act(obs[None])[0]
+            if step > 0:
+                self.update(replay.sample(), step)
+            next_obs, reward, terminated, truncated, _ = env.step(action)
+            replay.add(obs, action, reward, next_obs, terminated)
+            obs = env.reset()[0] if terminated or truncated else next_obs
+            yield
 
     def update(self, batch, step):
         """One update; the losses as numbers, under the names of the golden files."""
@@ -175,3 +195,28 @@ class PlainReplay:
         places = transitions % self.capacity
         fields = (self.obs, self.action, self.reward, self.next_obs, self.not_done)
         return tuple(torch.as_tensor(field[places], device=self.device).float() for field in fields)
+
+
+class PlainEnv:
+    """A Control Suite task without end: states, or the last three pictures of 84 x 84 pixels."""
+
+    def __init__(self, domain, task, action_repeat, pixels):
+        from dm_control import suite
+
+        self.env = suite.load(domain, task, task_kwargs={"random": 1, "time_limit": float("inf")})
+        self.env.reset()
+        self.action_repeat, self.pixels = action_repeat, pixels
+        self.frames = deque([np.zeros((3, 84, 84), np.uint8)] * 3, maxlen=3)
+
+    def step(self, action):
+        """The observation after an action."""
+        for _ in range(self.action_repeat):
+            observation = self.env.step(action).observation
+        state = np.concatenate([np.ravel(value) for value in observation.values()])
+        if not self.pixels:
+            return state
+        self.frames.append(self.env.physics.render(84, 84, camera_id=0).transpose(2, 0, 1).copy())
+        return np.concatenate(self.frames)
+
+    def close(self):
+        self.env.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import os
 import subprocess
 import sys
@@ -13,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-import cuda_graph
-from cuda_graph import GraphedAgent
 from sac_ae import Due, SacAeAgent
+from support import cuda_graph
+from support.cuda_graph import Graphs
+from support.prefetch import Prefetched
 from utils import ReplayBuffer, set_seed_everywhere
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -29,34 +29,35 @@ class Silent:
 
 
 class StandIn:
-    """Uses a function as a capture does: some calls now, with whatever they leave behind; later on other values."""
+    """Takes the place of a graph: runs the function at each call, into the same memory."""
 
     made = 0
 
-    def __init__(self, function, arguments, device):
+    def __init__(self, function, arguments, device, pool):
         type(self).made += 1
-        self.function, self.arguments = function, [argument.clone() for argument in arguments]
-        for _ in range(4):
-            self.result = function(*self.arguments)
+        self.function, self.arguments, self.result = function, [argument.clone() for argument in arguments], None
 
-    def __call__(self, arguments):
+    def __call__(self, *arguments):
         for mine, argument in zip(self.arguments, arguments, strict=True):
             assert (mine.shape, mine.dtype) == (argument.shape, argument.dtype)
             mine.copy_(argument)
-        self.result.copy_(self.function(*self.arguments))
+        self.result = self.function(*self.arguments)
         return self.result.clone()
 
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    monkeypatch.setattr(cuda_graph, "Captured", StandIn)
+    monkeypatch.setattr(cuda_graph, "Capture", StandIn)
     monkeypatch.setattr(StandIn, "made", 0)
 
 
-def make_agent(cls, kind, device="cpu", **kwargs):
+def make_agent(kind, device="cpu", graphs=False, report=pytest.fail, cls=SacAeAgent, **kwargs):
     set_seed_everywhere(3)
     types = "pixel" if kind == "pixel" else "identity"
-    return cls(SHAPES[kind], (2,), device, encoder_type=types, decoder_type=types, **SIZES, **kwargs)
+    agent = cls(SHAPES[kind], (2,), device, encoder_type=types, decoder_type=types, **SIZES, **kwargs)
+    if graphs:
+        Graphs(agent, report)
+    return agent
 
 
 def make_replay(kind, device="cpu", frames_device="cpu", count=60):
@@ -72,14 +73,7 @@ def make_replay(kind, device="cpu", frames_device="cpu", count=60):
         following = draw()
         replay.add(obs, rng.uniform(-1, 1, 2), float(rng.uniform()), following, False)
         obs = following
-    return replay
-
-
-class Undrawn:
-    """A replay seen from outside: it only gives batches."""
-
-    def __init__(self, replay):
-        self.sample = replay.sample
+    return Prefetched(replay) if str(device) != str(frames_device) else replay
 
 
 def train(agent, replay, steps):
@@ -99,16 +93,20 @@ def agent_shape(agent):
     return SHAPES["state"] if agent.decoder is None else SHAPES["pixel"]
 
 
-def state(agent):
+def held(agent):
     """Everything that training changes, by name."""
     tensors = {
         f"{name}.{key}": value for name in agent.networks for key, value in agent.networks[name].state_dict().items()
     }
-    tensors["log_alpha"] = agent.log_alpha.detach()
+    tensors |= agent.parameters
     for name, optimizer in agent.optimizers.items():
         for index, entries in optimizer.state_dict()["state"].items():
-            tensors |= {f"{name}_optimizer.{index}.{key}": value for key, value in entries.items()}
-    return {name: tensor.detach().cpu().double() for name, tensor in tensors.items()}
+            tensors |= {f"{name}.{index}.{key}": value for key, value in entries.items()}
+    return tensors
+
+
+def state(agent):
+    return {name: tensor.detach().cpu().double() for name, tensor in held(agent).items()}
 
 
 def assert_equal(plain, graphed, rtol=0.0, atol=0.0):
@@ -124,18 +122,16 @@ def assert_equal(plain, graphed, rtol=0.0, atol=0.0):
         )
 
 
-# As in a run: a burst at one step, then every step; with the default's combinations, and with all.
-STEPS = [20] * 5 + list(range(21, 34))
+# As in a run: a burst at one step, then every step; each of the combinations comes more often than graphs warm up.
+STEPS = [20] * 5 + list(range(21, 51))
 
 
-@pytest.mark.parametrize("located", [True, False], ids=["gathered inside", "gathered outside"])
 @pytest.mark.parametrize("kind", ["pixel", "state"])
-def test_the_same_as_plain(stand_in, kind, located):
+def test_the_same_as_plain(stand_in, kind):
     results = []
-    for cls in (SacAeAgent, GraphedAgent):
-        agent = make_agent(cls, kind, critic_target_update_freq=3, decoder_update_freq=2)
-        replay = make_replay(kind)
-        results.append((train(agent, replay if located else Undrawn(replay), STEPS), agent))
+    for graphs in (False, True):
+        agent = make_agent(kind, graphs=graphs, critic_target_update_freq=3, decoder_update_freq=2)
+        results.append((train(agent, make_replay(kind), STEPS), agent))
         results[-1][0].append(({"next random number": float(torch.rand(()))}, []))
     assert_equal(*results)
     # Whether the actor is due goes with the decoder, both every second step; the target every third. Three ways to act.
@@ -143,44 +139,46 @@ def test_the_same_as_plain(stand_in, kind, located):
 
 
 def test_default_combinations(stand_in):
-    agent, replay = make_agent(GraphedAgent, "pixel"), make_replay("pixel")
+    agent, replay = make_agent("pixel", graphs=True), make_replay("pixel")
     for step in STEPS:
         agent.update(replay, Silent(), step)
         assert agent.due(step) == Due(actor=step % 2 == 0, target=step % 2 == 0, decoder=True)
     assert StandIn.made == 2
-    assert make_agent(GraphedAgent, "state").due(0) == Due(actor=True, target=True, decoder=False)
+    assert make_agent("state").due(0) == Due(actor=True, target=True, decoder=False)
 
 
-def test_replays_are_not_taken_for_each_other_even_if_they_are_gone(monkeypatch):
-    """A graph reads the frames of the replay that it was captured with, which must not be freed before it is."""
-
-    class Forgetful(StandIn):
-        def __init__(self, function, arguments, device):
-            super().__init__(function, arguments, device)
-            self.function = None  # like a graph, which holds kernels and addresses
-
-        def __call__(self, arguments):
-            return self.result
-
-    monkeypatch.setattr(cuda_graph, "Captured", Forgetful)
-    monkeypatch.setattr(StandIn, "made", 0)
-    agent = make_agent(GraphedAgent, "state")
-    for _ in range(4):
-        agent.update(make_replay("state"), Silent(), 0)
-        gc.collect()
-    assert Forgetful.made == 4
+def test_first_calls_of_a_kind_are_real_and_not_captured(stand_in):
+    agent, replay = make_agent("state", graphs=True), make_replay("state")
+    for count in range(1, 6):
+        agent.update(replay, Silent(), 0)
+        assert StandIn.made == (count > cuda_graph.WARMUP)
 
 
-def test_another_replay_is_not_taken_for_the_first(stand_in):
-    agent, twin = (make_agent(cls, "state") for cls in (GraphedAgent, SacAeAgent))
-    for count in (10, 60):
-        metrics = []
-        for each in (agent, twin):
-            torch.manual_seed(1)
-            metrics.append(each.update(make_replay("state", count=count), Silent(), 0))
-        assert {key: float(value) for key, value in metrics[0].items()} == {
-            key: float(value) for key, value in metrics[1].items()
-        }
+class Curious(SacAeAgent):
+    """Has one more network, optimiser and metric."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.head = torch.nn.Linear(self.critic.encoder.feature_dim, 1).to(self.device)
+        self.head_optimizer = self.adam(self.head.parameters(), 1e-3)
+
+    def update_networks(self, obs, action, reward, next_obs, not_done, due):
+        metrics = super().update_networks(obs, action, reward, next_obs, not_done, due)
+        loss = (self.head(self.critic.encoder(obs).detach()) - reward).pow(2).mean()
+        self.head_optimizer.zero_grad()
+        loss.backward()
+        self.head_optimizer.step()
+        return metrics | {"train_head/loss": loss.detach()}
+
+
+def test_a_subclass_is_captured_whole(stand_in):
+    results = []
+    for graphs in (False, True):
+        agent = make_agent("pixel", graphs=graphs, cls=Curious)
+        results.append((train(agent, make_replay("pixel"), STEPS), agent))
+    assert_equal(*results)
+    assert "train_head/loss" in results[1][0][-1][0]
+    assert {"head.weight", "head_optimizer.0.exp_avg"} <= set(state(results[1][1]))
 
 
 @pytest.mark.parametrize("first", ["update", "act"])
@@ -190,11 +188,11 @@ def test_goes_on_without_if_capture_fails(monkeypatch, first):
             super().__init__(*args)
             raise RuntimeError("operation not permitted\nand many lines more")
 
-    monkeypatch.setattr(cuda_graph, "Captured", Failing)
+    monkeypatch.setattr(cuda_graph, "Capture", Failing)
     results, lines = [], []
-    for cls, kwargs in ((SacAeAgent, {}), (GraphedAgent, {"report": lines.append})):
-        agent = make_agent(cls, "pixel", **kwargs)
-        if first == "act":
+    for graphs in (False, True):
+        agent = make_agent("pixel", graphs=graphs, report=lines.append)
+        for _ in range(9) if first == "act" else ():
             agent.sample_action(np.zeros(SHAPES["pixel"], np.uint8))
         results.append((train(agent, make_replay("pixel"), STEPS), agent))
     assert_equal(*results)
@@ -202,35 +200,33 @@ def test_goes_on_without_if_capture_fails(monkeypatch, first):
 
 
 def test_programming_errors_are_not_hidden(stand_in):
-    agent = make_agent(GraphedAgent, "state")
+    agent = make_agent("state", graphs=True)
     with pytest.raises(ValueError, match="empty replay"):
         agent.update(make_replay("state", count=0), Silent(), 0)
 
 
-def test_a_failed_restoration_is_not_hidden(monkeypatch):
-    """Else the run would go on with weights that warming up has trained."""
-
-    class Failing(StandIn):
-        def __init__(self, *args):
-            super().__init__(*args)
-            raise RuntimeError("no capture")
-
-    def fail(*_):
-        raise RuntimeError("no such state")
-
-    monkeypatch.setattr(cuda_graph, "Captured", Failing)
-    agent = make_agent(GraphedAgent, "state", report=lambda line: None)
-    monkeypatch.setattr(torch, "set_rng_state", fail)
-    with pytest.raises(RuntimeError, match="no such state"):
-        agent.update(make_replay("state"), Silent(), 0)
+def test_loading_copies_into_the_memory_that_graphs_use():
+    """Weights, parameters and moments stay where they are; other moments are made."""
+    agent, other = make_agent("pixel"), make_agent("pixel")
+    train(agent, make_replay("pixel"), STEPS)
+    saved = agent.state_dict()
+    train(other, make_replay("pixel"), STEPS[:8])
+    before = {name: tensor.data_ptr() for name, tensor in held(other).items()}
+    other.load_state_dict(saved)
+    assert {name: tensor.data_ptr() for name, tensor in held(other).items()} == before
+    assert_equal(([], agent), ([], other))
+    fresh = make_agent("pixel")
+    fresh.load_state_dict(saved)
+    assert_equal(([], agent), ([], fresh))
 
 
 @needs_gpu
 def test_values_that_are_fetched_late():
     """A run fetches losses when a line is due: each must still be that of its own update."""
     results = []
-    for cls in (SacAeAgent, GraphedAgent):
-        agent, replay = make_agent(cls, "state", "cuda", precision="fp32"), make_replay("state", "cuda", "cuda")
+    for graphs in (False, True):
+        agent = make_agent("state", "cuda", graphs, precision="fp32")
+        replay = make_replay("state", "cuda", "cuda")
         metrics = [agent.update(replay, Silent(), step) for step in range(10)]
         results.append([float(metric["train_critic/loss"]) for metric in metrics])
     assert len(set(results[1])) == 10
@@ -238,7 +234,7 @@ def test_values_that_are_fetched_late():
 
 
 FAILING_CAPTURE = """
-import torch, cuda_graph
+import torch
 from test_cuda_graph import *
 lines = []
 compute = SacAeAgent.critic_loss
@@ -247,9 +243,9 @@ def fetching(self, *batch):
     loss.item()
     return loss
 results = []
-for cls, kwargs in ((SacAeAgent, {}), (GraphedAgent, {"report": lines.append})):
-    SacAeAgent.critic_loss = fetching
-    agent = make_agent(cls, "pixel", "cuda", precision="fp32", **kwargs)
+SacAeAgent.critic_loss = fetching
+for graphs in (False, True):
+    agent = make_agent("pixel", "cuda", graphs, lines.append, precision="fp32")
     stream = torch.cuda.current_stream()
     results.append(([], agent))
     replay = make_replay("pixel", "cuda", "cpu")
@@ -281,12 +277,11 @@ def test_captured_is_plain_on_a_gpu(kind, frames_device, monkeypatch):
     """After 200 updates: the same kernels on the same numbers."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     results, lines = [], []
-    for cls, kwargs in ((SacAeAgent, {}), (GraphedAgent, {"report": lines.append})):
-        agent = make_agent(cls, kind, "cuda", precision="fp32", **kwargs)
+    for graphs in (False, True):
+        agent = make_agent(kind, "cuda", graphs, lines.append, precision="fp32")
         replay = make_replay(kind, "cuda", frames_device)
         results.append((train(agent, replay, [20] * 100 + list(range(21, 121))), agent))
     assert lines == []
-    assert results[1][1]._graphs
     assert_equal(*results, rtol=1e-3, atol=1e-4)
 
 
@@ -294,7 +289,7 @@ def test_captured_is_plain_on_a_gpu(kind, frames_device, monkeypatch):
 @pytest.mark.parametrize("kwargs", [{"precision": "tf32"}, {"precision": "bf16"}, {"compile": True}])
 def test_captured_in_other_ways_to_compute_on_a_gpu(kwargs):
     lines = []
-    agent = make_agent(GraphedAgent, "pixel", "cuda", report=lines.append, **kwargs)
+    agent = make_agent("pixel", "cuda", True, lines.append, **kwargs)
     record = train(agent, make_replay("pixel", "cuda", "cuda"), STEPS)
     assert lines == []
     assert all(np.isfinite(list(losses.values())).all() for losses, _ in record)
@@ -302,16 +297,16 @@ def test_captured_in_other_ways_to_compute_on_a_gpu(kwargs):
 
 @needs_gpu
 @pytest.mark.parametrize("frames_device", ["cuda", "cpu"])
-@pytest.mark.parametrize("cls", [SacAeAgent, GraphedAgent])
-def test_an_update_never_waits_for_the_gpu(cls, frames_device):
+@pytest.mark.parametrize("graphs", [False, True])
+def test_an_update_never_waits_for_the_gpu(graphs, frames_device):
     """Nothing in it fetches from the device, with graphs and without; an action does."""
-    agent, replay = make_agent(cls, "pixel", "cuda"), make_replay("pixel", "cuda", frames_device)
+    agent, replay = make_agent("pixel", "cuda", graphs), make_replay("pixel", "cuda", frames_device)
     obs = np.zeros(SHAPES["pixel"], np.uint8)
-    for step in range(4):
+    for step in range(12):
         agent.update(replay, Silent(), step)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for step in range(4, 8):
+        for step in range(12, 16):
             agent.update(replay, Silent(), step)
             replay.add(obs, np.zeros(2), 0.0, obs, False)
         with pytest.raises(RuntimeError, match="synchroniz"):
@@ -323,7 +318,7 @@ def test_an_update_never_waits_for_the_gpu(cls, frames_device):
 @needs_gpu
 def test_loading_goes_on_with_graphs(tmp_path):
     """Weights are loaded into the memory that the graphs read."""
-    agent, other = make_agent(GraphedAgent, "pixel", "cuda"), make_agent(SacAeAgent, "pixel", "cuda")
+    agent, other = make_agent("pixel", "cuda", graphs=True), make_agent("pixel", "cuda")
     train(agent, make_replay("pixel", "cuda", "cuda"), STEPS)
     saved = copy.deepcopy(state(agent))
     agent.save(tmp_path, 1)

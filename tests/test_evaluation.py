@@ -12,17 +12,20 @@ import sys
 import time
 from pathlib import Path
 
+import cloudpickle
 import numpy as np
 import psutil
 import pytest
 from test_train import METHODS, SMALL, read_log, without_times
 
 import dmc2gym
-import evaluation
 import train
-from evaluation import SideBySide, WorkerError
+from errors import MachineError
+from support import evaluation
+from support.evaluation import EpisodeError, SideBySide
 
 ROOT = Path(__file__).parent.parent
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers then need not import it, nor PyTorch
 make_env = functools.partial(
     dmc2gym.make, "cartpole", "swingup", from_pixels=True, height=16, width=16, frame_skip=8, episode_length=80
 )
@@ -141,7 +144,7 @@ def test_the_number_of_environments_does_not_grow_with_the_episodes(tmp_path, mo
 def test_errors_arrive_where_they_are_asked_for(num_workers):
     envs = SideBySide(make_env, 2, num_workers)
     first = envs.reset([1, 2])
-    kind = WorkerError if num_workers > 1 else ValueError
+    kind = EpisodeError if num_workers > 1 else ValueError
     with pytest.raises(kind, match="actions are"):
         envs.step(np.array([[7.0], [0.0]]))
     assert np.array_equal(envs.reset([1, 2]), first)  # answers stay in step with calls
@@ -153,7 +156,7 @@ def no_env():
 
 
 def test_environments_that_cannot_be_made():
-    with pytest.raises(WorkerError, match="LookupError: no such environment"):
+    with pytest.raises(EpisodeError, match="LookupError: no such environment"):
         SideBySide(no_env, 2, 2)
 
 
@@ -172,7 +175,7 @@ def test_what_environments_print_does_not_come_between():
     envs.reset([3, 9])
     envs.step(np.zeros((2, 1)))
     assert envs.step(np.zeros((2, 1)))[0].tolist() == [[1], [7]]
-    with pytest.raises(WorkerError, match="has died"):  # while it answers
+    with pytest.raises(MachineError, match="has died"):  # while it answers
         envs.step(np.zeros((2, 1)))
     envs.close()
     assert [group._process.returncode for group in envs._groups] == [3, 0]
@@ -183,7 +186,7 @@ def test_a_dead_process_is_an_error():
     envs.reset([1, 2])
     envs._groups[1]._process.kill()
     envs._groups[1]._process.wait()
-    with pytest.raises(WorkerError, match="has died"):
+    with pytest.raises(MachineError, match="has died"):
         envs.step(np.zeros((2, 1)))
     envs.close()
 
@@ -215,8 +218,8 @@ def test_a_run_gives_the_same_with_processes(tmp_path):
 
 def test_workers_stay_small():
     """They do without PyTorch."""
-    code = "import sys, evaluation, environment; print('torch' in sys.modules, 'dm_control' in sys.modules)"
-    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split()[0] == "False"
+    code = "import sys, support.evaluation, frame_stack, dmc2gym; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "False\n"
 
 
 def workers_of(process):
@@ -224,7 +227,7 @@ def workers_of(process):
     workers = []
     for child in psutil.Process(process.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if "evaluation.py" in " ".join(child.cmdline()):
+            if "support.evaluation" in child.cmdline():
                 workers.append(child)
     return workers
 
@@ -233,7 +236,8 @@ def workers_of(process):
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
 def test_no_process_outlives_the_run(tmp_path, ending, moment):
     """Killed, or interrupted as a terminal does it, all processes at once: nothing is left, and little is said."""
-    flags = [*SMALL, "--eval_workers", "2", "--num_train_steps", "100000", "--work_dir", str(tmp_path / "log")]
+    flags = [*SMALL, *METHODS["sac_state"], "--eval_workers", "2", "--num_train_steps", "100000"]
+    flags += ["--work_dir", str(tmp_path / "log")]
     process = subprocess.Popen(
         [sys.executable, "train.py", *flags],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,

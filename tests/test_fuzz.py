@@ -8,10 +8,12 @@ import os
 import sys
 from unittest import mock
 
+import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 import train
+from support import memory
 
 FLAGS = {action.dest: action for action in train.make_parser()._actions if action.dest != "help"}
 NUMBERS = st.one_of(
@@ -48,7 +50,7 @@ def flag_and_value():
 COMMANDS = st.lists(st.one_of(flag_and_value(), flag_and_value(), TEXTS.map(lambda text: [text])), max_size=5)
 
 
-def refuse_at_the_end(run):
+def refuse_at_the_end(*_):
     raise Accepted
 
 
@@ -66,9 +68,9 @@ def test_any_command_line(command, small, tmp_path, monkeypatch):
     errors = io.StringIO()
     with (
         mock.patch.object(sys, "argv", ["train.py"]),
-        mock.patch.object(train, "make_agent"),
-        mock.patch.object(train, "ReplayBuffer"),
-        mock.patch.object(train.Run, "open", refuse_at_the_end),
+        mock.patch.object(train, "make_agent", return_value=mock.Mock(device=torch.device("cpu"))),
+        mock.patch.object(memory, "ReplayBuffer"),
+        mock.patch.object(train, "Run", refuse_at_the_end),
         contextlib.redirect_stderr(errors),
         contextlib.redirect_stdout(io.StringIO()),
     ):

@@ -13,7 +13,8 @@ import plain
 import pytest
 import torch
 
-import train
+from precision import layers_in
+from support.machine import check_compiler
 
 LOSSES = {
     "critic_loss": "train_critic/loss",
@@ -27,7 +28,7 @@ LOSSES = {
 def compiler():
     """Skips where torch.compile does not work."""
     try:
-        train.check_compiler("cpu")
+        check_compiler("cpu")
     except ValueError as error:
         pytest.skip(str(error))
 
@@ -179,7 +180,7 @@ def test_bfloat16_stays_near_float32_and_keeps_what_must_be_exact():
         assert loss == pytest.approx(want, rel=0.15)  # three digits a layer, and alpha's loss is a small difference
         assert loss != want
     obs = torch.randint(0, 256, (4, 9, 84, 84)).float()
-    with agent.layer_precision():
+    with layers_in("bf16", agent.device):
         assert agent.critic.encoder.forward_conv(obs).dtype == torch.bfloat16
         feature = agent.critic.encoder(obs)
         outputs = [feature, *agent.actor(obs), *agent.critic(obs, torch.zeros(4, 3)), agent.decoder(feature)]
@@ -319,7 +320,7 @@ def test_switches_that_follow_another_go_on_to_follow(value, request):
     request.addfinalizer(functools.partial(set_switches, None))
     set_switches(("backends", value))
     for precision in ("fp32", "tf32"):
-        with golden.make_agent(golden.load_case("state")["case"], precision=precision).layer_precision():
+        with layers_in(precision, torch.device("cpu")):
             pass
     torch.backends.fp32_precision = "tf32" if value == "ieee" else "ieee"
     after = switches()[:3]

@@ -62,7 +62,7 @@ def test_smallest_image():
         (lambda: make_encoder("identity", (3, 16, 16), 5, 1, 2), "takes state vectors"),
         (lambda: make_encoder("vit", (3, 16, 16), 5, 1, 2), "unknown encoder_type 'vit'"),
         (lambda: make_decoder("vit", (3, 16, 16), 5, 1, 2), "unknown decoder_type 'vit'"),
-        (lambda: make_decoder("pixel", (17,), 5, 1, 2), "needs images"),
+        (lambda: make_decoder("pixel", (17,), 5, 1, 2), "needs encoder_type pixel"),
         (lambda: conv_output_shape(16, 16, 0), "at least 1"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Curves and tables: what they show is what the logs say."""
+"""Curves and tables show what the logs say."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def rows_of(out):
 
 
 def test_table(tmp_path, capsys):
-    """80k is the last evaluation within 100k where they come every 40k; a run that ended before counts not."""
+    """With evaluations every 40k steps, the score at 100k is from 80k. A run that ends before has no score."""
     runs, out = tmp_path / "runs", tmp_path / "out"
     make_run(runs / "a", [0, 10, 100, 400])
     make_run(runs / "deep" / "b", [0, 10, 300], seed=2)  # its next evaluation would come after the budget
@@ -58,24 +58,24 @@ def test_table(tmp_path, capsys):
 
 
 def test_estimates():
-    """Against the formula: the mean's deviation is that of the values over the root of their number."""
+    """The interval agrees with the formula: the mean's deviation is that of the values over the root of N."""
     rng = np.random.default_rng(1)
     values = rng.normal(500, 100, 400)
-    estimate = plot.mean_estimate(values)
-    assert estimate.value == pytest.approx(values.mean())
+    mean, low, high = plot.estimate([values])
+    assert mean == pytest.approx(values.mean())
     half = 1.96 * values.std() / 20
-    assert estimate.low == pytest.approx(values.mean() - half, abs=1)
-    assert estimate.high == pytest.approx(values.mean() + half, abs=1)
+    assert low == pytest.approx(values.mean() - half, abs=1)
+    assert high == pytest.approx(values.mean() + half, abs=1)
+    assert plot.estimate([np.array([7.5])]) == (7.5, 7.5, 7.5)  # one seed
 
 
 def test_interquartile_mean_leaves_out_the_outer_quarters_and_keeps_tasks_apart():
     values = [np.array([0.0, 10.0, 20.0, 1e6]), np.array([30.0, 40.0, 50.0, 60.0])]
-    estimate = plot.interquartile_mean_estimate(values)
-    assert estimate.value == pytest.approx((20 + 30 + 40 + 50) / 4)
-    assert estimate.low < estimate.value < estimate.high
-    # Seeds are drawn within their task: where each task's seeds agree there is nothing to be unsure of.
-    sure = plot.interquartile_mean_estimate([np.full(5, 100.0), np.full(5, 300.0)])
-    assert (sure.value, sure.low, sure.high) == (pytest.approx(200), pytest.approx(200), pytest.approx(200))
+    mean, low, high = plot.estimate(values)
+    assert mean == pytest.approx((20 + 30 + 40 + 50) / 4)
+    assert low < mean < high
+    # Each task's seeds are resampled by themselves. If they agree, the interval has no width.
+    assert plot.estimate([np.full(5, 100.0), np.full(5, 300.0)]) == pytest.approx((200, 200, 200))
 
 
 def test_curve_of_runs_of_different_lengths_and_grids(tmp_path):
@@ -85,25 +85,24 @@ def test_curve_of_runs_of_different_lengths_and_grids(tmp_path):
     ]
     grid, means = plot.curve(runs)
     assert grid.tolist() == [0, 20_000, 40_000]
-    assert [mean.value for mean in means] == [50, 125, 200]
-    assert means[0].low == 0
-    assert means[0].high == 100
-    # One that has just begun leaves the others' mean as it is.
+    assert means[:, 0].tolist() == [50, 125, 200]
+    assert means[0].tolist() == [50, 0, 100]
+    # A run that has just begun does not change the mean of the others.
     runs.append(plot.read_run(make_run(tmp_path / "c", [1000], seed=3)))
-    (line,) = plot.doubts(runs)
+    (line,) = plot.notes(runs)
     assert line.startswith(f"note: {tmp_path / 'c'} is not in the curve of the mean")
-    assert [mean.value for mean in plot.curve(runs)[1]] == [50, 125, 200]
+    assert plot.curve(runs)[1][:, 0].tolist() == [50, 125, 200]
 
 
-def test_a_line_that_is_being_written_is_none_yet(tmp_path):
+def test_an_unfinished_line_is_skipped(tmp_path):
     folder = make_run(tmp_path / "a", [0, 100])
     with (folder / "eval.log").open("a") as file:
         file.write('{"episode_rew')
     assert plot.read_run(folder).returns.tolist() == [0, 100]
 
 
-def test_doubts(tmp_path, capsys):
-    """A run that is found twice counts once; other settings and equal seeds are told."""
+def test_notes(tmp_path, capsys):
+    """A run that is found twice counts once. Different settings and equal seeds are reported."""
     runs = [make_run(tmp_path / "runs" / "a", [0, 10, 100]), make_run(tmp_path / "runs" / "b", [0, 10, 300], seed=2)]
     assert plot.main([*map(str, runs), str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
     assert rows_of(tmp_path / "out")[0]["seeds"] == "2"
@@ -116,8 +115,8 @@ def test_doubts(tmp_path, capsys):
     )
 
 
-def test_interquartile_mean_stands_in_the_table_where_it_is_one(tmp_path):
-    """From four scores on, as many of each task."""
+def test_table_has_interquartile_means(tmp_path):
+    """They need four scores, and the same number of seeds for each task."""
     for task in (("cheetah", "run"), ("walker", "walk")):
         make_run(tmp_path / "runs" / f"{task[0]}1", [0, 10, 100], task=task)
     assert plot.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
@@ -131,7 +130,7 @@ def test_interquartile_mean_stands_in_the_table_where_it_is_one(tmp_path):
     assert plot.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
     (row,) = [row for row in rows_of(tmp_path / "out") if "interquartile" in row["task"]]
     assert (row["seeds"], row["return"]) == ("3", "350.0")
-    make_run(tmp_path / "runs" / "finger1", [0, 10], task=("finger", "spin"))  # it has not come as far
+    make_run(tmp_path / "runs" / "finger1", [0, 10], task=("finger", "spin"))  # it ends before the budget
     assert plot.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
     assert not any("interquartile" in row["task"] for row in rows_of(tmp_path / "out"))
 
@@ -162,7 +161,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_logs_are_left_out(tmp_path, capsys, damage):
-    """One line each; the rest is drawn."""
+    """Each gets one line on stderr. The other runs are drawn."""
     make_run(tmp_path / "runs" / "good", [0, 10, 100])
     bad = make_run(tmp_path / "runs" / "bad", [0, 10, 100], seed=2)
     DAMAGES[damage](bad)
@@ -189,7 +188,7 @@ def test_nothing_to_draw(tmp_path, capsys):
 
 
 def test_pictures(tmp_path):
-    """A panel a task; what is there twice stands in the legend once."""
+    """Each task has a panel. The legend names everything once."""
     tasks = [("cheetah", "run"), ("walker", "walk"), ("finger", "spin"), ("reacher", "easy")]
     for task in tasks:
         for seed in (1, 2):
@@ -204,7 +203,6 @@ def test_pictures(tmp_path):
     assert {f"{method}, here (mean, 95 %)" for method in plot.METHODS.values()} < set(labels)
     lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
     assert lines["SAC:state, here (mean, 95 %)"].get_xydata().tolist() == [[0, 0], [40_000, 10], [80_000, 100]]
-    plot.plt.close(figure)
     assert plot.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
     assert iio.imread(tmp_path / "out" / "curves.png").shape[2] == 4
     svg = (tmp_path / "out" / "curves.svg").read_text()
@@ -214,17 +212,18 @@ def test_pictures(tmp_path):
 
 
 def test_published_scores_are_those_of_the_papers(tmp_path):
-    """The six tasks at both budgets, as the DrQ paper has them."""
+    """The DrQ paper has six tasks at both budgets."""
     published = plot.read_published(plot.PUBLISHED)
+    table = {score[:3]: score.std for score in published if "DrQ" in score.source}
     tasks = {score.task for score in published}
     assert len(tasks) == 6
     for task in tasks:
         for budget in plot.BUDGETS:
-            assert plot.published_score(published, task, "SAC+AE:pixel", budget).std is not None
+            assert table[task, "SAC+AE:pixel", budget] is not None
 
 
 def test_runs_of_the_authors_script(tmp_path, capsys):
-    """Their lines tell steps only: decisions, each `action_repeat` environment steps."""
+    """Their lines have steps only. Each is `action_repeat` environment steps."""
     run = make_run(tmp_path / "runs" / "a", [0, 10, 100, 400])
     lines = [json.loads(line) for line in (run / "eval.log").read_text().splitlines()]
     theirs = tmp_path / "runs" / "theirs"
@@ -241,7 +240,7 @@ def test_runs_of_the_authors_script(tmp_path, capsys):
     assert rows_of(tmp_path / "out")[0]["seeds"] == "2"
 
 
-def test_folders_that_are_none(tmp_path, capsys):
+def test_folders_without_runs(tmp_path, capsys):
     run = make_run(tmp_path / "run", [0, 1])
     (tmp_path / "empty").mkdir()
     folders = [tmp_path / "nowhere", run / "eval.log", tmp_path / "empty"]
@@ -256,7 +255,7 @@ def test_folders_that_are_none(tmp_path, capsys):
 @pytest.mark.parametrize("name", plot.FILES)
 @pytest.mark.parametrize("kind", ["theirs", "edited", "link", "folder"])
 def test_files_of_others_are_not_overwritten(tmp_path, capsys, name, kind):
-    """One line, and all is as it was: also where one of plot.py's own was edited, or its list is damaged."""
+    """One line, and nothing changes; also for an edited file of plot.py's own, or damaged checksums."""
     make_run(tmp_path / "run", [0, 1])
     out, flags = tmp_path / "out", [str(tmp_path / "run"), "--out", str(tmp_path / "out")]
     out.mkdir()
@@ -273,8 +272,8 @@ def test_files_of_others_are_not_overwritten(tmp_path, capsys, name, kind):
     capsys.readouterr()
     for content in (None, "[]", "{"):
         if content is not None:
-            (out / plot.MADE).write_text(content)
-            before[plot.MADE] = content.encode()
+            (out / plot.CHECKSUMS).write_text(content)
+            before[plot.CHECKSUMS] = content.encode()
         with pytest.raises(SystemExit) as exit_:
             plot.main(flags)
         assert exit_.value.code == 2

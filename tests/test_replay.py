@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 from unittest import mock
 
 import numpy as np
@@ -15,8 +16,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import memory
 import replay_buffer
+import replay_files
+from errors import MachineError, UserError
+from support import memory
+from support.prefetch import Prefetched
 from utils import ReplayBuffer
 
 
@@ -44,7 +48,7 @@ class Episodes:
 # Where frames lie and samples go. With prefetching on the CPU its logic is tested without a GPU, too.
 PLACES = {
     "cpu": {"device": "cpu"},
-    "prefetched": {"device": "cpu", "prefetch": True},
+    "prefetched": {"device": "cpu"},
     "cuda": {"device": "cuda", "frames_device": "cuda"},
     "pinned": {"device": "cuda", "frames_device": "cpu"},
 }
@@ -57,6 +61,8 @@ every_place = pytest.mark.parametrize(
 def make_both(capacity, num_stacked=3, batch_size=8, shape=(3, 2, 2), place="cpu", seed=0):
     obs_shape = (num_stacked * shape[0], *shape[1:])
     replay = ReplayBuffer(obs_shape, (2,), capacity, batch_size, frame_channels=shape[0], seed=seed, **PLACES[place])
+    if place in ("prefetched", "pinned"):
+        replay = Prefetched(replay)
     return replay, plain.PlainReplay(obs_shape, (2,), capacity, batch_size, "cpu", seed)
 
 
@@ -87,7 +93,7 @@ def test_equals_naive_storage(place, capacity, num_stacked, channels, values, le
             replay.add(*transition)
             naive.add(*transition)
             assert 1 <= len(replay) <= capacity
-            assert replay.frames_added - len(replay.frames) <= replay._first_frame(replay.oldest)
+            assert replay.frames_added - len(replay.frames) <= replay.first_frame(replay.oldest)
         assert_same(replay, naive)
 
 
@@ -118,35 +124,48 @@ def test_samples_do_not_depend_on_the_place(place, capacity, adds, seed):
         for transition in itertools.islice(transitions, count):
             for storage in (replay, alike, naive):
                 storage.add(*transition)
-        want = naive.gather(alike.draw(alike.oldest, alike.transitions_added))
+        want = naive.gather(alike.draw())
+        alike.draws += 1
         batch = replay.sample()
         assert all(torch.equal(ours.cpu().float(), theirs) for ours, theirs in zip(batch, want, strict=True))
 
 
 def test_prefetching_works_ahead():
-    """In the loop's rhythm, and in the burst before it, batches are those drawn ahead."""
+    """In the loop's rhythm every batch but the first is gathered before it is asked for; in a burst none is."""
     replay, _ = make_both(50, place="prefetched")
-    used = []
-    complete = replay._prefetcher._complete
-    replay._prefetcher._complete = lambda ahead: used.append(len(ahead.late)) or complete(ahead)
+    ahead = []
     transitions = Episodes(0, 3).play(1000)
     for transition in itertools.islice(transitions, 20):
         replay.add(*transition)
-    for _ in range(5):
-        replay.sample()
-    assert len(used) == 3  # the first has nothing before it, the second expects 20 transitions more
-    for transition in itertools.islice(transitions, 100):
-        replay.add(*transition)
-        replay.sample()
-    assert len(used) == 3 + 99
-    assert sum(used) > 0  # some of them drew the transition that was still to come
+    for count in (5, *[1] * 100):
+        for _ in range(count):
+            ahead.append(replay._next is not None)
+            replay.sample()
+        replay.add(*next(transitions))
+    assert ahead == [False] * 5 + [True] * 100
+
+
+def test_a_transition_that_does_not_continue_is_an_error():
+    """Unless it begins an episode, or the caller does not say."""
+    replay, naive = make_both(50)
+    first, second = (list(Episodes(seed, 3).play(4)) for seed in (1, 2))
+    for index, transition in enumerate(first):
+        replay.add(*transition, first=index == 0)
+        naive.add(*transition)
+    with pytest.raises(ValueError, match="first=True where an episode begins"):
+        replay.add(*second[0], first=False)
+    replay.add(*second[0], first=True)
+    replay.add(*first[0])
+    for transition in (second[0], first[0]):
+        naive.add(*transition)
+    assert_same(replay, naive)
 
 
 def test_caller_may_say_where_episodes_begin():
     replay, naive = make_both(50)
     for length in (3, 5, 4):
         for index, transition in enumerate(Episodes(length, 3).play(length)):
-            replay.add(*transition, new_episode=index == 0)
+            replay.add(*transition, first=index == 0)
             naive.add(*transition)
     assert_same(replay, naive)
     assert replay.frames_added == 4 + 6 + 5
@@ -260,17 +279,17 @@ def test_placement(monkeypatch):
         memory.place_replay("cuda", cpu, *size)
     free["gpu"] -= 1
     assert memory.place_replay("auto", gpu, *size) == cpu
-    with pytest.raises(ValueError, match=r"of cuda:0: .* fits is 999999$"):
+    with pytest.raises(ValueError, match=r"of cuda:0: --replay_buffer_capacity \d+ fits$"):
         memory.place_replay("cuda", gpu, *size)
     free["host"] -= 1
     for requested, device in (("auto", cpu), ("cpu", gpu)):
-        with pytest.raises(ValueError, match=r"host memory: .* fits is 999999$"):
+        with pytest.raises(ValueError, match=r"of host memory: --replay_buffer_capacity \d+ fits$"):
             memory.place_replay(requested, device, *size)
     free["host"] //= 2
-    with pytest.raises(ValueError, match=r"of cuda:0 or host memory: .* fits is 999999$"):
+    with pytest.raises(ValueError, match=r"of cuda:0 or host memory: --replay_buffer_capacity \d+ fits$"):
         memory.place_replay("auto", gpu, *size)
     free["host"] = 0
-    with pytest.raises(ValueError, match=r"fits is 0$"):
+    with pytest.raises(ValueError, match=r"capacity 0 fits$"):
         memory.place_replay("auto", cpu, *size)
 
 
@@ -282,14 +301,23 @@ def test_small_replays_need_no_large_reserve(monkeypatch):
         assert memory.place_replay("auto", torch.device(device), (9, 84, 84), (6,), 1000) == torch.device("cpu")
 
 
+@pytest.mark.parametrize("capacity", [100, 1000, 123_456])
+def test_the_capacity_that_is_named_fits(monkeypatch, capacity):
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: 10**6 * capacity // 50)
+    with pytest.raises(UserError) as error:
+        memory.place_replay("cpu", torch.device("cpu"), (9, 84, 84), (6,), capacity)
+    named = int(re.search(r"capacity (\d+) fits", str(error.value))[1])
+    assert 0.7 * capacity < named < capacity
+    assert memory.place_replay("cpu", torch.device("cpu"), (9, 84, 84), (6,), named) == torch.device("cpu")
+
+
 @pytest.mark.parametrize(
     ("listing", "files", "free"),
     [
         ("0::/job/step", {"job/step/memory.max": "max", "job/memory.max": "500"}, 500 - 300 + 70),
         ("0::/", {"memory.max": "400"}, 400 - 300 + 70),
-        ("4:memory:/job\n0::/", {"memory/job/memory.limit_in_bytes": "350"}, 350 - 300 + 50),
-        ("0::/job", {"job/memory.max": "max"}, 2**63),
-        ("5:cpu,cpuacct:/job", {}, 2**63),
+        ("0::/job", {"job/memory.max": "max"}, None),
+        ("5:cpu,cpuacct:/job", {}, None),
     ],
 )
 def test_control_groups_limit_memory(tmp_path, listing, files, free):
@@ -299,12 +327,11 @@ def test_control_groups_limit_memory(tmp_path, listing, files, free):
         group = (root / name).parent
         group.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(limit + "\n")
-        for used in ("memory.current", "memory.usage_in_bytes"):
-            (group / used).write_text("300\n")
-        (group / "memory.stat").write_text("anon 200\ninactive_file 70\ntotal_inactive_file 50\n")
+        (group / "memory.current").write_text("300\n")
+        (group / "memory.stat").write_text("anon 200\ninactive_file 70\n")
     (tmp_path / "listing").write_text(listing + "\n")
-    groups = memory.control_groups(tmp_path / "listing", root)
-    assert min(memory._group_free(group) for group in groups) == free
+    left = memory.free_host_bytes(tmp_path / "listing", root)
+    assert left == free if free is not None else left > 10**6
 
 
 def test_free_host_memory_is_plausible():
@@ -352,7 +379,7 @@ def test_save_and_load_continue_as_if_nothing_had_been(
                 replay.sample()
         action = data.draw(st.sampled_from(["nothing", "save", "load"]))
         if action != "nothing":
-            with mock.patch.object(replay_buffer, "_MAX_CHUNK", chunk):
+            with mock.patch.object(replay_files, "MAX_CHUNK", chunk):
                 replay.save(folder)
             assert {path.name for path in folder.iterdir()} == {"replay.json", *chunk_names(folder)}
         if action == "load":
@@ -402,7 +429,7 @@ def test_another_folder_gets_everything(tmp_path):
     assert len(again) == 65
 
 
-def test_generator_is_saved_even_if_nothing_was_added(tmp_path):
+def test_draws_are_counted_even_if_nothing_was_added(tmp_path):
     replay = saved_replay(tmp_path)
     replay.sample()
     replay.save(tmp_path)
@@ -413,7 +440,7 @@ def test_generator_is_saved_even_if_nothing_was_added(tmp_path):
 
 def test_a_large_save_is_cut_into_chunks(tmp_path, monkeypatch):
     """Its copy in memory stays small, and each frame is written once."""
-    monkeypatch.setattr(replay_buffer, "_MAX_CHUNK", 7)
+    monkeypatch.setattr(replay_files, "MAX_CHUNK", 7)
     replay, naive = make_both(25)
     for length in (10, 1, 9, 14):
         for transition in Episodes(length, 3).play(length):
@@ -443,7 +470,7 @@ def test_a_failed_save_leaves_the_last_one_good_and_no_litter(tmp_path, monkeypa
                 raise OSError("no space left on device")
             fsync(descriptor)
 
-        with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        with monkeypatch.context() as patch, pytest.raises(MachineError, match="no space"):
             patch.setattr(os, "fsync", fail)
             replay.save(tmp_path)
         loaded, _ = make_both(100)
@@ -541,7 +568,7 @@ def test_other_replays_are_not_overwritten(tmp_path):
     other, _ = make_both(100)
     for transition in Episodes(0, 3).play(4):
         other.add(*transition)
-    with pytest.raises(FileExistsError, match="another replay"):
+    with pytest.raises(UserError, match="another replay"):
         other.save(tmp_path)
     with pytest.raises(ValueError, match="holds transitions already"):
         other.load(tmp_path)
@@ -574,7 +601,7 @@ def test_a_first_save_is_refused_where_others_have_saved(tmp_path, name, kind):
         path.symlink_to(tmp_path / "nowhere")
     replay = saved_replay(tmp_path / "c")
     before = [(path.name, path.is_symlink() or path.read_bytes()) for path in folder.iterdir()]
-    with pytest.raises(FileExistsError, match=f"{name} belongs to another replay"):
+    with pytest.raises(UserError, match=f"{name} belongs to another replay"):
         replay.save(folder)
     assert [(path.name, path.is_symlink() or path.read_bytes()) for path in folder.iterdir()] == before
 
@@ -598,7 +625,7 @@ def test_saves_delete_only_what_the_replay_has_written(tmp_path):
     their_file(tmp_path / "40_45.pt")
     for transition in episodes.play(5):
         replay.add(*transition)
-    with pytest.raises(FileExistsError, match=r"40_45\.pt belongs to another replay"):
+    with pytest.raises(UserError, match=r"40_45\.pt belongs to another replay"):
         replay.save(tmp_path)
     assert (tmp_path / "40_45.pt").read_bytes() == b"theirs"
     loaded, _ = make_both(20)
@@ -614,7 +641,7 @@ def test_what_a_killed_save_leaves_goes_with_the_next(tmp_path):
         replay.add(*transition)
     replay.save(tmp_path)
     (tmp_path / "replay.json").write_bytes(index)
-    (tmp_path / f".{replay.name}.tmp").write_bytes(b"half")
+    (tmp_path / f".{replay.files.name}.tmp").write_bytes(b"half")
     loaded, _ = make_both(100)
     loaded.load(tmp_path)
     for transition in Episodes(5, 3).play(7):

@@ -21,16 +21,19 @@ import time
 import zlib
 from pathlib import Path
 
+import forked
 import psutil
 import pytest
 import torch
-from test_train import read_log, without_times
+import toy
+from forked import Forked
+from test_train import open_run, read_log, without_times
 
 import files
-import ownership
 import train
-from checkpoint import Checkpoint
-from signals import STOPPING
+from errors import MachineError
+from support.signals import STOPPING
+from support.work_dir import LIST, WorkDir
 
 ROOT = Path(__file__).parent.parent
 LONG = bool(os.environ.get("LONG_TESTS"))
@@ -55,19 +58,23 @@ def checkpoint_of(work_dir):
     return json.loads((work_dir / "checkpoint" / "checkpoint.json").read_text())["content"]
 
 
+def step_of(work_dir):
+    return checkpoint_of(work_dir)["progress"]["step"]
+
+
 def outcome(work_dir):
     """Log lines without their times, and the last checkpoint: numbers, and tensors with their bytes."""
     index = checkpoint_of(work_dir)
     state = torch.load(work_dir / "checkpoint" / index["state"][0], weights_only=True)
-    run = {key: value for key, value in index["run"].items() if key not in ("elapsed", "logger")}
-    run["meters"] = index["run"]["logger"]["meters"]
-    replay = {key: index["replay"][key] for key in ("oldest", "generator")}
+    run = {key: value for key, value in index["progress"].items() if key != "seconds"}
+    run["meters"] = index["logger"]["meters"]
+    replay = {key: index["replay"][key] for key in ("oldest", "draws")}
     logs = [without_times(read_log(work_dir / f"{section}.log")) for section in ("train", "eval")]
     return logs, run, replay, {path: tensor.numpy().tobytes() for path, tensor in tensors_of(state).items()}
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def uninterrupted(tmp_path_factory, toy_environment):
     """What the run of these flags comes to."""
     outcomes = {}
 
@@ -81,11 +88,20 @@ def uninterrupted(tmp_path_factory):
     return get
 
 
-def start(work_dir, *flags, script="train.py"):
-    return subprocess.Popen(
-        [sys.executable, ROOT / script, *RUN, *flags, "--work_dir", str(work_dir)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+@pytest.fixture(autouse=True, scope="module")
+def toy_environment():
+    """All runs here but one are on an environment without a simulator."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_env", toy.make_toy_env)
+        yield
+
+
+def start(work_dir, *flags, prepare=forked.slow_disk):
+    def run():
+        prepare()
+        return train.main([*RUN, *flags, "--work_dir", str(work_dir)])
+
+    return Forked(run)
 
 
 def assert_gone(processes):
@@ -103,22 +119,39 @@ def family(process):
 def test_killed_at_random_moments(tmp_path, uninterrupted, kind):
     """Again and again, among other moments in the middle of a checkpoint; it ends like one that never stopped."""
     moments, folder, kills = random.Random(len(kind)), tmp_path / "log", 0
-    flags = ["--eval_workers", "2", "--resume", *kind]
-    for _ in range(20 if LONG else 4):
-        process = start(folder, *flags, script="tests/slowed.py")
-        process.stdout.readline()  # imports are done
+    flags = ["--eval_workers", "2" if kind == PIXELS else "1", "--resume", *kind]
+    for _ in range(20 if LONG else 3):
+        process = start(folder, *flags)
+        process.stdout.readline()
         time.sleep(moments.uniform(0, 2))
         others = family(process)
         process.kill()
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate()
         assert_gone(others)
         assert stderr == ""
         kills += process.returncode == -signal.SIGKILL
     assert kills >= (10 if LONG else 2)
-    process = start(folder, *flags)
-    assert process.communicate(timeout=300)[1] == ""
-    assert process.returncode == 0
+    assert train.main([*RUN, *flags, "--work_dir", str(folder)]) == 0
     assert outcome(folder) == uninterrupted(*kind)
+
+
+def test_the_simulator_goes_on_as_well(tmp_path, monkeypatch):
+    """A real program on a real task from pixels, stopped and killed in an episode."""
+    monkeypatch.setattr(train, "make_env", toy.make_task)
+    flags = [*PIXELS, "--num_train_steps", "70", "--num_eval_episodes", "1", "--eval_freq", "50", "--resume"]
+    assert train.main([*RUN, *flags, "--work_dir", str(tmp_path / "whole")]) == 0
+    command = [sys.executable, "train.py", *RUN, *flags, "--eval_workers", "2", "--work_dir", str(tmp_path / "log")]
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            for line in process.stdout:
+                if line.startswith("| train | E: 2"):
+                    break
+            time.sleep(0.05)
+            process.send_signal(number)
+            process.communicate(timeout=60)
+        assert process.returncode in (143, -signal.SIGKILL, 0)
+    assert train.main([*RUN, *flags, "--work_dir", str(tmp_path / "log")]) == 0
+    assert outcome(tmp_path / "log") == outcome(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("kill", range(1, 41) if LONG else [1, 2, 3, 4, 6, 7, 9, 14])
@@ -128,12 +161,9 @@ def test_killed_at_each_step_of_writing(tmp_path, uninterrupted, ended, flag, ki
     folder = tmp_path / "log"
     if flag == "--overwrite":
         shutil.copytree(ended[1], folder)
-    process = subprocess.run(
-        [sys.executable, ROOT / "tests" / "slowed.py", *RUN, flag, "--work_dir", str(folder)],
-        env=os.environ | {"KILL_AT": str(kill)}, capture_output=True, text=True,
-    )  # fmt: skip
+    process = start(folder, flag, prepare=functools.partial(forked.die_at, kill))
+    assert process.communicate()[1] == ""
     assert process.returncode == -signal.SIGKILL
-    assert process.stderr == ""
     if flag == "--overwrite" and kill < 5:  # the other run may still be there, whole
         assert train.main([*RUN, "--overwrite", "--work_dir", str(folder)]) == 0
     else:
@@ -142,7 +172,6 @@ def test_killed_at_each_step_of_writing(tmp_path, uninterrupted, ended, flag, ki
 
 
 PHASES = {
-    "start": lambda line: True,
     "evaluation": lambda line: line.startswith("first an evaluation"),
     "random steps": lambda line: line.startswith("| eval"),
     "burst": lambda line: line.startswith("| train | E: 2"),
@@ -164,36 +193,37 @@ def test_stopped_by_a_signal(tmp_path, uninterrupted, phase, number):
             break
     others = family(process)
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate()
     assert_gone(others)
-    if phase == "start" and process.returncode == -number:  # nothing had begun; a shell says 128 + number
-        assert stderr == ""
-    else:
-        assert process.returncode == 128 + number
-        assert f"stopped by {number.name} at step" in stderr
-        assert stderr.count("\n") == 1
-        assert Checkpoint(folder / "checkpoint").exists()
-    process = start(folder, *flags, "--resume")
-    assert process.communicate(timeout=300)[1] == ""
+    assert process.returncode == 128 + number
+    assert f"stopped by {number.name} at step" in stderr
+    assert stderr.count("\n") == 1
+    assert WorkDir(folder).checkpoint.exists()
+    assert train.main([*RUN, *flags, "--resume", "--work_dir", str(folder)]) == 0
     assert outcome(folder) == uninterrupted(*kind)
 
 
 def test_a_closed_terminal(tmp_path):
     """The run is told, perhaps twice, has nowhere to print to, and writes its checkpoint all the same."""
     master, slave = os.openpty()
-    command = [sys.executable, "train.py", *RUN, "--num_train_steps", "100000", "--work_dir", str(tmp_path / "log")]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-    )  # fmt: skip
+
+    def own_terminal():
+        os.setsid()
+        for descriptor in (0, 1, 2):
+            os.dup2(slave, descriptor)
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        os.close(slave)
+        os.close(master)
+
+    process = start(tmp_path / "log", "--num_train_steps", "100000", prepare=own_terminal)
     os.close(slave)
     shown = b""
     while b"E: 3 " not in shown:
         shown += os.read(master, 1024)
-    step = Checkpoint(tmp_path / "log" / "checkpoint").step()
+    step = step_of(tmp_path / "log")
     os.close(master)
-    assert process.wait(timeout=60) == 128 + signal.SIGHUP
-    assert Checkpoint(tmp_path / "log" / "checkpoint").step() > step
+    assert process.wait() == 128 + signal.SIGHUP
+    assert step_of(tmp_path / "log") > step
 
 
 def test_a_second_signal_ends_at_once(tmp_path):
@@ -238,8 +268,8 @@ def test_checkpoints_change_nothing(tmp_path, uninterrupted):
 ])  # fmt: skip
 def test_when_a_checkpoint_is_taken(tmp_path, monkeypatch, flags, steps):
     """At ends of episodes, and when the run ends."""
-    taken, write = [], train.Run.write_checkpoint
-    monkeypatch.setattr(train.Run, "write_checkpoint", lambda run: (taken.append(run.step), write(run)))
+    taken, save = [], train.Run.save_checkpoint
+    monkeypatch.setattr(train.Run, "save_checkpoint", lambda run: (taken.append(run.progress.step), save(run)))
     assert train.main([*RUN, *flags, "--num_train_steps", "95", "--work_dir", str(tmp_path / "log")]) == 0
     assert taken == steps
 
@@ -250,18 +280,18 @@ def test_what_was_written_after_the_checkpoint_is_cut(tmp_path, monkeypatch, uni
 
     folder, flags = tmp_path / "log", [*RUN, "--checkpoint_freq", "70", "--checkpoint_minutes", "1000"]
     flags += ["--save_tb", "--save_model", "--save_video", "--work_dir", str(tmp_path / "log")]
-    end_episode = train.Run.end_episode
+    log_episode = train.log_episode
 
-    def fail(run):
-        end_episode(run)
-        if run.step == 140:
-            raise OSError("a failing disk")
+    def fail(logger, now, action_repeat):
+        log_episode(logger, now, action_repeat)
+        if now.step == 140:
+            raise MachineError("a failing disk")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "end_episode", fail)
+        patch.setattr(train, "log_episode", fail)
         assert train.main(flags) == 1
     assert [record["step"] for record in read_log(folder / "train.log")][-1] == 140
-    assert checkpoint_of(folder)["run"]["step"] == 80
+    assert step_of(folder) == 80
     with (folder / "train.log").open("a") as file:
         file.write('{"half a li')
     assert train.main([*flags, "--resume"]) == 0
@@ -277,7 +307,7 @@ def test_what_was_written_after_the_checkpoint_is_cut(tmp_path, monkeypatch, uni
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory):
+def ended(tmp_path_factory, toy_environment):
     """A short run that has ended, and another one with other random numbers."""
     folders = []
     for seed in ("1", "2"):
@@ -375,10 +405,9 @@ def test_flags_that_may_change_are_noted(tmp_path, ended, capsys):
 def test_resume_starts_where_there_is_nothing(tmp_path, uninterrupted, capsys):
     """An empty folder, or one whose run was killed before its first checkpoint."""
     folder = tmp_path / "log"
-    run = train.Run(train.make_parser().parse_args([*RUN, "--resume", "--work_dir", str(folder)]))
-    run.open()
-    run.evaluate(0)
-    run.close()
+    run, resources = open_run(*RUN, "--resume", "--work_dir", str(folder))
+    with resources:
+        train.evaluate(run)
     assert (folder / "eval.log").exists()
     assert train.main([*RUN, "--resume", "--work_dir", str(folder)]) == 0
     assert "there is no checkpoint yet" in capsys.readouterr().out
@@ -418,7 +447,7 @@ def authors_run(folder):
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+def saved(tmp_path_factory, toy_environment):
     """A run that saves all it can."""
     folder = tmp_path_factory.mktemp("saved") / "log"
     assert train.main([*RUN, *SAVING, "--num_train_steps", "65", "--seed", "2", "--work_dir", str(folder)]) == 0
@@ -433,7 +462,7 @@ def test_what_others_put_beside_a_run_stays(tmp_path, saved, capsys, state):
     flags.append("--overwrite" if state == "ended" else "--resume")
     if state != "ended":
         index = checkpoint_of(folder)
-        content = {"version": index["version"], "args": index["args"] | {"seed": 1}, "run": None}
+        content = {"version": index["version"], "args": index["args"] | {"seed": 1}, "progress": None}
         crc = zlib.crc32(files.to_json(content).encode())
         files.write_json(folder / "checkpoint" / "checkpoint.json", {"crc32": crc, "content": content})
     put(folder, *BESIDE)
@@ -458,9 +487,7 @@ def test_what_a_run_would_overwrite_is_refused(tmp_path, saved, capsys, name):
     """Before anything is removed, though it is named as a run's files are."""
     shutil.copytree(saved, tmp_path / "log")
     (tmp_path / "log" / name).unlink(missing_ok=True)
-    (tmp_path / "log" / ownership.LIST).write_text(
-        (tmp_path / "log" / ownership.LIST).read_text().replace(f"{name}\n", "")
-    )
+    (tmp_path / "log" / LIST).write_text((tmp_path / "log" / LIST).read_text().replace(f"{name}\n", ""))
     put(tmp_path / "log", name)
     before = contents(tmp_path / "log")
     with pytest.raises(SystemExit) as exit_:
@@ -477,15 +504,15 @@ def test_what_is_put_in_the_way_of_a_run_stays(tmp_path, monkeypatch, capsys, na
     """A line, and the run can go on when it is moved away."""
     folder = tmp_path / "log"
     flags = [*RUN, *SAVING, "--num_train_steps", "65", "--work_dir", str(folder)]
-    log_episode = train.Run.log_episode
+    log_episode = train.log_episode
 
-    def put_once(run, step):
-        log_episode(run, step)
-        if step == 60:
+    def put_once(logger, now, action_repeat):
+        log_episode(logger, now, action_repeat)
+        if now.step == 60:
             put(folder, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "log_episode", put_once)
+        patch.setattr(train, "log_episode", put_once)
         assert train.main(flags) == 1
     error = capsys.readouterr().err
     assert name in error
@@ -508,7 +535,7 @@ def test_a_run_without_a_checkpoint_is_not_resumed(tmp_path, ended, capsys, kind
             shutil.copytree(ended[0] / "checkpoint", folder / "checkpoint")
             (folder / "checkpoint" / "checkpoint.json").unlink()
         elif kind == "logs":
-            (folder / ownership.LIST).unlink()
+            (folder / LIST).unlink()
             (folder / "starts.log").unlink()
     before = contents(folder)
     flags = [*RUN, "--num_train_steps", "45", "--work_dir"]
@@ -526,30 +553,15 @@ def test_a_run_without_a_checkpoint_is_not_resumed(tmp_path, ended, capsys, kind
     assert not (folder / "model").exists()
 
 
-def test_locks_of_network_file_systems(tmp_path, monkeypatch):
-    """Some lock only what can be written, some nothing; a lock that another has is seen on the former."""
-    held, answers = [], []
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, code):
+    """Any process goes on."""
 
-    def flock(file, _):
-        if answers:
-            raise OSError(answers[0], os.strerror(answers.pop()))
-        if not file.writable():
-            raise OSError(errno.EBADF, "Bad file descriptor")
-        if held:
-            raise BlockingIOError
-        held.append(file)
+    def flock(*_):
+        raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(files.fcntl, "flock", flock)
-    for answer in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-        answers.append(answer)
-        files.lock(tmp_path / ".lock").close()
-        assert not answers
-    files.lock(tmp_path / ".lock").close()
-    with pytest.raises(ValueError, match="in use by another process"):
-        files.lock(tmp_path / ".lock")
-    answers.append(errno.EIO)
-    with pytest.raises(OSError, match="Input/output"):
-        files.lock(tmp_path / ".lock")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    WorkDir(tmp_path / "log").lock().close()
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
@@ -574,7 +586,7 @@ def test_a_refused_overwrite_removes_nothing(tmp_path, ended, capsys, monkeypatc
     before = contents(tmp_path / "log")
 
     def fail(*_):
-        raise OSError(24, "Too many open files")
+        raise MachineError("Too many open files")
 
     monkeypatch.setattr(train, "SideBySide", fail)
     with pytest.raises(SystemExit):
@@ -588,7 +600,7 @@ def test_flags_that_are_not_given_stay_the_runs(tmp_path, ended, capsys):
     flags = ["--resume", "--num_train_steps", "130", "--eval_workers", "1", "--work_dir", str(tmp_path / "log")]
     assert train.main(flags) == 0
     assert "note: --num_train_steps was 95 and is now 130" in capsys.readouterr().out
-    assert checkpoint_of(tmp_path / "log")["run"]["step"] == 130
+    assert step_of(tmp_path / "log") == 130
     with pytest.raises(SystemExit):
         train.main(["--resume", "--num_train_steps", "129", "--work_dir", str(tmp_path / "log")])
     assert "is at step 130, beyond --num_train_steps 129" in capsys.readouterr().err
@@ -646,24 +658,29 @@ def fill(folder):
             file.write(bytes(4096))
 
 
-@pytest.mark.parametrize("place", ["write_checkpoint", "log_episode", "save_video", "save"])
-def test_full_disk(small_disk, uninterrupted, monkeypatch, capsys, place):
+@pytest.mark.parametrize(
+    ("owner", "place"),
+    [(train.Run, "save_checkpoint"), (train, "log_episode"), (train.Run, "save_video"), (train.Run, "save_models")],
+)
+def test_full_disk(small_disk, uninterrupted, monkeypatch, capsys, owner, place):
     """One line; the last good checkpoint stays, and the run goes on from it when there is room again."""
-    disk = small_disk
+    disk, calls = small_disk, []
     flags = [*RUN, "--save_video", "--save_model", "--save_tb", "--work_dir", str(disk / "log")]
-    method = getattr(train.Run, place)
+    function = getattr(owner, place)
 
-    def full(run, *args):
-        if run.step >= 120:
+    def full(*args):
+        calls.append(place)
+        if len(calls) == (7 if place in ("save_checkpoint", "log_episode") else 3):
             fill(disk)
-        return method(run, *args)
+        return function(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, place, full)
+        patch.setattr(owner, place, full)
         assert train.main(flags) == 1
     error = capsys.readouterr().err
     assert "No space left on device: " in error or "mp4" in error
     assert error.count("\n") == 1, error
+    assert step_of(disk / "log") >= 80
     (disk / "filler").unlink()
     assert train.main([*flags, "--resume"]) == 0
     assert outcome(disk / "log") == uninterrupted()
@@ -672,15 +689,15 @@ def test_full_disk(small_disk, uninterrupted, monkeypatch, capsys, place):
 def test_read_only_disk(small_disk, uninterrupted, monkeypatch, capsys):
     disk = small_disk
     flags = [*RUN, "--work_dir", str(disk / "log")]
-    log_episode = train.Run.log_episode
+    log_episode = train.log_episode
 
-    def turn_read_only(run, step):
-        if step == 120:
+    def turn_read_only(logger, now, action_repeat):
+        if now.step == 120:
             subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        log_episode(run, step)
+        log_episode(logger, now, action_repeat)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "log_episode", turn_read_only)
+        patch.setattr(train, "log_episode", turn_read_only)
         assert train.main(flags) == 1
     assert capsys.readouterr().err.count("Read-only file system") == 1
     with pytest.raises(SystemExit):
@@ -709,7 +726,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last(tmp_path, monkeypat
             patch.setattr(os, "fsync", fail)
             assert train.main(flags) == 1
         assert "Input/output error" in capsys.readouterr().err
-        assert checkpoint_of(folder)["run"]["step"] in (80, 160)
+        assert step_of(folder) in (80, 160)
         assert train.main([*flags, "--resume"]) == 0
         assert outcome(folder) == uninterrupted()
 
@@ -750,8 +767,9 @@ def test_a_run_of_an_older_version_is_resumed_and_then_overwritten(tmp_path, cap
 
 def test_a_list_that_a_full_disk_has_cut_goes_on(tmp_path):
     (tmp_path / ".run_files").write_text("train.log\nmodel/act")
-    ownership.note(tmp_path, "model/actor_5.pt")
+    work_dir = WorkDir(tmp_path)
+    work_dir.note("model/actor_5.pt")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "actor_5.pt").touch()
-    ownership.claim(tmp_path, "model/actor_5.pt")
-    assert ownership.written(tmp_path) == [tmp_path / "model" / "actor_5.pt"]
+    work_dir.claim("model/actor_5.pt")
+    assert work_dir.written() == [tmp_path / "model" / "actor_5.pt"]

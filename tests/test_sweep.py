@@ -21,36 +21,39 @@ from test_resume import assert_gone, outcome
 
 import sweep
 import train
-from checkpoint import Checkpoint
+from support.checkpoint import Checkpoint
+from support.machine import cores
 
 TINY = (
     "--image_size 16 --num_layers 2 --num_filters 4 --hidden_dim 16 --batch_size 8 --init_steps 40 --action_repeat 50 "
     "--num_train_steps 100 --eval_freq 60 --num_eval_episodes 2 --eval_workers 1 --device cpu"
 ).split()
-LONGER = [*TINY, "--num_train_steps", "1200", "--eval_freq", "600"]
+LONGER = [*TINY, "--num_train_steps", "500", "--eval_freq", "250"]
+STATE = "--encoder_type identity --decoder_type identity --domain_name cartpole --task_name swingup".split()
 TWO = ["--tasks", "cartpole_swingup", "--methods", "sac_state", "--seeds", "2"]
 
 
 def test_published_tasks():
     """Their repeats, and decisions for 500k environment steps."""
-    specs = sweep.make_specs(
-        sweep.make_parser().parse_args(["--methods", "sac_ae,sac_pixel,sac_state", "--seeds", "10"])
-    )
-    assert len(specs) == len({spec.work_dir for spec in specs}) == 6 * 3 * 10
-    assert all(spec.args.num_train_steps * spec.args.action_repeat == 500_000 for spec in specs)
-    walker = next(spec.args for spec in specs if spec.name == "walker_walk-sac_pixel-7")
+    runs = runs_of("--methods", "sac_ae,sac_pixel,sac_state", "--seeds", "10")
+    assert len(runs) == len({run.work_dir.path for run in runs}) == 6 * 3 * 10
+    assert all(run.args.num_train_steps * run.args.action_repeat == 500_000 for run in runs)
+    walker = next(run.args for run in runs if run.name == "walker_walk-sac_pixel-7")
     assert (walker.action_repeat, walker.seed, walker.encoder_type, walker.decoder_type) == (2, 7, "pixel", "identity")
     assert walker.resume
+
+
+def runs_of(*flags):
+    return sweep.make_runs(sweep.make_parser().parse_args(flags))
 
 
 def test_flags_after_the_dashes():
     """As many decisions as the budget has at the repeat in force; what is named twice runs once."""
     flags = ["--tasks", "walker_walk,walker_walk", "--cpus_per_run", "3.5", "--", "--action_repeat", "4"]
-    (spec,) = sweep.make_specs(sweep.make_parser().parse_args(flags))
-    assert (spec.args.action_repeat, spec.args.num_train_steps, spec.args.eval_workers) == (4, 125_000, 3)
-    flags += ["--num_train_steps=100", "--eval_workers", "7"]
-    (spec,) = sweep.make_specs(sweep.make_parser().parse_args(flags))
-    assert (spec.args.num_train_steps, spec.args.eval_workers) == (100, 7)
+    (run,) = runs_of(*flags)
+    assert (run.args.action_repeat, run.args.num_train_steps, run.args.eval_workers) == (4, 125_000, 3)
+    (run,) = runs_of(*flags, "--num_train_steps=100", "--eval_workers", "7")
+    assert (run.args.num_train_steps, run.args.eval_workers) == (100, 7)
 
 
 @pytest.mark.parametrize(("flags", "words"), [
@@ -59,6 +62,7 @@ def test_flags_after_the_dashes():
     (["--seeds", "0"], "must be at least 1"),
     (["--", "--hidden_dim", "none"], "invalid int value"),
     (["--", "--image_size", "85"], "image sides must be even"),
+    (["--", "--batch_size", "9", "--replay_buffer_capacity", "8"], "replay_buffer_capacity must be at least"),
     (["--", "--seed=7", "--work_dir", "x"], "--seed, --work_dir after --"),
     (["--gpus_per_run", "1.5"], "a fraction or a whole number"),
     (["--cpus_per_run", "0"], "must be at least 0.0001"),
@@ -83,69 +87,82 @@ def test_dry_run(tmp_path, capsys):
     assert not (tmp_path / "sweep").exists()
 
 
-@pytest.fixture(autouse=True)
-def no_pause(monkeypatch):
-    monkeypatch.setattr(sweep, "_PAUSE", 0.1)
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray cluster of one node, because starting one takes long."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    yield cluster
+    cluster.shutdown()
 
 
-def test_a_sweep(tmp_path, capsys, monkeypatch):
+def test_a_sweep(tmp_path, capsys, monkeypatch, cluster):
     """Logs and parameters are those of single runs; one that fails is told; a rerun starts nothing that has ended."""
     folder = tmp_path / "sweep"
-    broken = folder / "cartpole_swingup-sac_state-2"
+    good, broken = (folder / f"cartpole_swingup-sac_state-{seed}" for seed in (1, 2))
     broken.mkdir(parents=True)
     (broken / "args.json").write_text("not a run")
-    command = ["--work_dir", str(folder), *TWO, "--", *TINY]
+    joined = ["--address", cluster.address, "--work_dir", str(folder), *TWO, "--"]
+    command = [*joined, *TINY]
     assert sweep.main(command) == 1
     output = capsys.readouterr()
     assert "1 of 2 runs have ended" in output.out
-    assert output.out.count("cartpole_swingup-sac_state-2 stopped with status 2; it goes on from decision 0") == 2
-    assert "cartpole_swingup-sac_state-2 failed with status 2; its last lines:" in output.err
+    assert "cartpole_swingup-sac_state-2 failed with status 2\n    " in output.err
     assert "checkpoint.json is missing" in output.err
-    single = [*TINY, *sweep.METHODS["sac_state"], "--domain_name", "cartpole", "--task_name", "swingup", "--seed", "1"]
-    assert train.main([*single, "--work_dir", str(tmp_path / "single")]) == 0
-    assert outcome(folder / "cartpole_swingup-sac_state-1") == outcome(tmp_path / "single")
+    assert starts(broken) == 1  # the user's mistake
+    assert train.main([*TINY, *STATE, "--seed", "1", "--work_dir", str(tmp_path / "single")]) == 0
+    assert outcome(good) == outcome(tmp_path / "single")
 
     (broken / "args.json").unlink()
-    before = (folder / "cartpole_swingup-sac_state-1" / "output.log").read_text()
     assert sweep.main(command) == 0
-    assert (folder / "cartpole_swingup-sac_state-1" / "output.log").read_text() == before
+    assert starts(good) == 1
     assert json.loads((broken / "eval.log").read_text().splitlines()[-1])["step"] == 60
 
-    monkeypatch.setattr(sweep.carry_out, "options", lambda **_: pytest.fail("something was started"))
-    assert sweep.main(command) == 0
-    assert "2 of 2 runs have ended" in capsys.readouterr().out
-    short = ["--work_dir", str(folder), *TWO, "--", "--num_train_steps", "100"]
-    assert [spec.args.hidden_dim for spec in sweep.make_specs(sweep.make_parser().parse_args(short))] == [16, 16]
+    short = [*joined, "--num_train_steps", "100"]
+    capsys.readouterr()
+    assert [run.args.hidden_dim for run in runs_of(*short)] == [16, 16]
     assert sweep.main([*short, "--hidden_dim", "32"]) == 1
     output = capsys.readouterr()
     assert "0 of 2 runs have ended, 0 are running, 2 failed" in output.out
     assert "holds a run with other flags (--action_repeat 50 is now 8, --hidden_dim 16 is now 32)" in output.err
-    assert "its last lines" not in output.err
+
+    monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("something was started"))
+    assert sweep.main(command) == 0
+    assert "2 of 2 runs have ended" in capsys.readouterr().out
     assert not ray.is_initialized()
 
 
-def test_a_folder_that_cannot_be_one(tmp_path, capsys):
+def starts(work_dir):
+    return (work_dir / "output.log").read_text().count("$ python train.py")
+
+
+def test_a_folder_that_cannot_be_one(tmp_path, capsys, cluster):
     folder = tmp_path / "sweep"
     folder.mkdir()
     (folder / "cartpole_swingup-sac_state-1").write_text("a file")
-    assert sweep.main(["--work_dir", str(folder), *TWO, "--", *TINY]) == 1
+    assert sweep.main(["--address", cluster.address, "--work_dir", str(folder), *TWO, "--", *TINY]) == 1
     output = capsys.readouterr()
     assert "1 of 2 runs have ended" in output.out
-    assert "cartpole_swingup-sac_state-1 failed with FileExistsError" in output.err
+    assert "cartpole_swingup-sac_state-1 failed with [Errno 17] File exists" in output.err
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stopping_a_sweep(tmp_path, number):
-    """The runs write checkpoints, and nothing is left behind."""
+@pytest.mark.parametrize(("number", "seeds"), [(signal.SIGTERM, 2), (signal.SIGINT, 3)])
+def test_stopping_a_sweep(tmp_path, number, seeds):
+    """The runs write checkpoints, and nothing is left behind. Before that, a run that is killed begins again."""
     folders = [tmp_path / f"cartpole_swingup-sac_state-{seed}" for seed in (1, 2)]
-    share = str(train.cores() / 2)  # with three runs, one waits
-    flags = [*TWO, "--seeds", "3", "--cpus_per_run", share, "--", *TINY, "--num_train_steps", "100000"]
+    share = str(cores() / 2)  # with three runs, one waits
+    flags = [*TWO, "--seeds", str(seeds), "--cpus_per_run", share, "--", *TINY, "--num_train_steps", "100000"]
     with subprocess.Popen(
         [sys.executable, "sweep.py", "--work_dir", str(tmp_path), *flags], cwd=sweep.ROOT, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         try:
             wait_for(lambda: all((folder / "train.log").exists() for folder in folders))
+            if number == signal.SIGTERM:
+                command = [sys.executable, str(sweep.ROOT / "train.py")]
+                children = psutil.Process(process.pid).children(recursive=True)
+                next(child for child in children if child.cmdline()[:2] == command).kill()
+                wait_for(lambda: sum((folder / "output.log").read_text().count("action:") for folder in folders) == 3)
+                wait_for(lambda: all((folder / "train.log").exists() for folder in folders))
             others = psutil.Process(process.pid).children(recursive=True)
             if number == signal.SIGINT:
                 os.killpg(process.pid, number)  # as a terminal does
@@ -157,8 +174,8 @@ def test_stopping_a_sweep(tmp_path, number):
     assert process.returncode == 128 + number
     assert "stopping: the runs write checkpoints" in out
     assert err.splitlines()[-1] == f"sweep.py: stopped by {number.name}: the same command goes on"
-    assert "0 of 3 runs have ended, 0 are running, 0 failed" in out
-    assert all(Checkpoint(folder / "checkpoint").step() >= 20 for folder in folders)
+    assert f"0 of {seeds} runs have ended, 0 are running, 0 failed" in out
+    assert all(saved(folder) >= 20 for folder in folders)
     assert all("stopped by SIGTERM at step" in (folder / "output.log").read_text() for folder in folders)
     assert_gone(others)
 
@@ -166,7 +183,7 @@ def test_stopping_a_sweep(tmp_path, number):
 def test_a_sweep_that_can_print_no_more(tmp_path):
     """As when its terminal is closed: the runs write checkpoints all the same."""
     folders = [tmp_path / f"cartpole_swingup-sac_state-{seed}" for seed in (1, 2)]
-    flags = [*TWO, "--cpus_per_run", str(train.cores() / 2), "--", *TINY, "--num_train_steps", "100000"]
+    flags = [*TWO, "--cpus_per_run", str(cores() / 2), "--", *TINY, "--num_train_steps", "100000"]
     with Path("/dev/full").open("w") as full, subprocess.Popen(
         [sys.executable, "sweep.py", "--work_dir", str(tmp_path), *flags], cwd=sweep.ROOT, start_new_session=True,
         stdout=full, stderr=subprocess.PIPE, text=True,
@@ -182,8 +199,12 @@ def test_a_sweep_that_can_print_no_more(tmp_path):
             process.kill()
     assert process.returncode == 1
     assert err.splitlines()[-1] == "sweep.py: error: [Errno 28] No space left on device"
-    assert all(Checkpoint(folder / "checkpoint").step() >= 20 for folder in folders)
+    assert all(saved(folder) >= 20 for folder in folders)
     assert_gone(others)
+
+
+def saved(work_dir):
+    return Checkpoint(work_dir / "checkpoint").read()["progress"]["step"]
 
 
 def wait_for(condition):
@@ -193,11 +214,10 @@ def wait_for(condition):
         time.sleep(0.05)
 
 
-def test_losing_a_node(tmp_path, capsys):
-    """Four runs on two nodes, one of which goes: all end, none twice, and their logs are those of single runs."""
+def test_losing_a_node(tmp_path, capsys, cluster):
+    """Four runs on two nodes, one of which goes: all end, none twice, and like single runs."""
     folder, names = tmp_path / "sweep", [f"cartpole_swingup-sac_state-{seed}" for seed in range(1, 5)]
     flags = [*LONGER, "--checkpoint_freq", "20"]
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     node = cluster.add_node(num_cpus=2)
     lost = threading.Thread(target=lose, args=(cluster, node))
     lost.start()
@@ -207,20 +227,16 @@ def test_losing_a_node(tmp_path, capsys):
         )
     finally:
         lost.join()
-        cluster.shutdown()
     output = capsys.readouterr()
     assert status == 0, output
     for name in names:
         assert output.out.count(f"{name} has ended") == 1
-    assert output.out.count("stopped with its node's death; it goes on from decision") == 2
-    starts = {name: (folder / name / "output.log").read_text().count("$ python train.py") for name in names}
-    assert sorted(starts.values()) == [1, 1, 2, 2]
-    resumed = next(name for name in names if starts[name] == 2)
-    assert "resuming at step" in (folder / resumed / "output.log").read_text()
-    for name in (resumed, next(name for name in names if starts[name] == 1)):
-        single = [*LONGER, *sweep.METHODS["sac_state"], "--domain_name", "cartpole", "--task_name", "swingup"]
-        assert train.main([*single, "--seed", name[-1], "--work_dir", str(tmp_path / name)]) == 0
-        assert outcome(folder / name) == outcome(tmp_path / name)
+    names.sort(key=lambda name: starts(folder / name))
+    assert [starts(folder / name) for name in names] == [1, 1, 2, 2]
+    assert all("resuming at step" in (folder / name / "output.log").read_text() for name in names[2:])
+    name = names[-1]
+    assert train.main([*LONGER, *STATE, "--seed", name[-1], "--work_dir", str(tmp_path / name)]) == 0
+    assert outcome(folder / name) == outcome(tmp_path / name)
 
 
 def lose(cluster, node):

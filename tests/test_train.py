@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import imageio.v3 as iio
 import numpy as np
@@ -24,12 +26,13 @@ from test_logger import read_events
 from toy import BarEnv, CountingEnv
 
 import dmc2gym
-import environment
-import pace
-import precision
+import settings
 import train
-from pace import Pace
-from utils import FrameStack
+from errors import MachineError, UserError
+from randomness import generator
+from support import checks, machine, report
+from support.work_dir import FOLDERS, LOGS
+from utils import FrameStack, ReplayBuffer
 from video import write_video
 
 ROOT = Path(__file__).parent.parent
@@ -50,15 +53,13 @@ METHODS = {
     "sac_pixel": ["--decoder_type", "identity"],
     "sac_state": ["--encoder_type", "identity", "--decoder_type", "identity"],
 }
-original = train.inspect.signature(train.SacAeAgent)
 SAVE = ["--save_tb", "--save_video", "--save_model", "--save_buffer"]
 
 
 @pytest.fixture
 def short_episodes(monkeypatch):
     """Episodes of 20 decisions at repeat 8."""
-    for module in (train, environment):
-        monkeypatch.setattr(module, "EPISODE_LENGTH", 160)
+    monkeypatch.setattr(train, "EPISODE_LENGTH", 160)
 
 
 def read_log(path):
@@ -117,23 +118,23 @@ def test_a_run(tmp_path, capsys, short_episodes, method):
     assert {"train_actor/trunk.4_weight", "train_critic/Q1.trunk.0_output"} <= set(tags["histograms"])
 
 
+def open_run(*flags):
+    """A run as the command line makes it, before its first decision, and what closes it."""
+    parser, resources = train.make_parser(), contextlib.ExitStack()
+    args = checks.parse(parser, flags)
+    checks.check(args, parser)
+    return train.open_run(args, parser, resources), resources
+
+
 def run_toy(tmp_path, monkeypatch, make_env, *flags, name="log"):
     """A run of the real loop in an environment without a simulator; returns it after the end."""
-
-    def stacked(args, seed):
-        env = make_env()
-        env.camera_id, env.renderer = 0, ("none", False)
-        return FrameStack(env, args.frame_stack)
-
-    monkeypatch.setattr(train, "make_env", stacked)
+    monkeypatch.setattr(train, "make_env", lambda args, seed: FrameStack(make_env(), args.frame_stack))
     small = "--num_layers 2 --num_filters 2 --hidden_dim 8 --batch_size 4 --num_eval_episodes 1 --image_size 16"
-    args = train.make_parser().parse_args(
-        [*small.split(), *flags, "--device", "cpu", "--eval_workers", "1", "--work_dir", str(tmp_path / name)]
-    )
-    run = train.Run(args)
-    run.open()
-    run.train()
-    run.close()
+    small += " --device cpu --eval_workers 1"
+    run, resources = open_run(*small.split(), *flags, "--work_dir", str(tmp_path / name))
+    with resources:
+        train.train(run)
+        run.save_checkpoint()
     return run
 
 
@@ -176,12 +177,11 @@ def test_order_of_the_loop(tmp_path, monkeypatch):
 
     noting(train.SacAeAgent, "sample_action", lambda agent, obs: "policy")
     noting(train.SacAeAgent, "update", lambda agent, replay, logger, step: ("update", step, replay.transitions_added))
-    noting(train.ReplayBuffer, "add", lambda replay, *transition: "add")
+    noting(ReplayBuffer, "add", lambda replay, *transition, first: "add")
     noting(CountingEnv, "step", lambda env, action: "step")
     flags = "--num_train_steps 9 --init_steps 6 --eval_freq 1000".split()
     run_toy(tmp_path, monkeypatch, lambda: CountingEnv(limit=20), *flags)
-    events = events[20:]  # of the first evaluation's episode
-    events = events[events.index("add") - 1 :]
+    events = events[events.index("add") - 1 :]  # after those of the first evaluation
     want = ["step", "add"] * 6
     want += ["policy"] + [("update", 6, 6)] * 6 + ["step", "add"]
     want += ["policy", ("update", 7, 7), "step", "add"]
@@ -221,19 +221,31 @@ def test_same_seed_same_run(tmp_path, short_episodes):
     assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
 
 
-def test_everything_random_depends_on_the_seed(tmp_path):
-    """Actions, the task's own randomness, draws from the replay and evaluations, not only the first weights."""
-    seen = {}
-    for seed in (1, 2):
-        run = train.Run(
-            train.make_parser().parse_args([*SMALL, "--seed", str(seed), "--work_dir", str(tmp_path / "a")])
-        )
-        evaluated = [int(run.evaluation_seed(0, 0))]
-        task = run.env.unwrapped._env.task.random.uniform()
-        draws = run.replay.draw(0, 1000).tolist()
-        seen[seed] = [run.env.action_space.sample().tolist(), task, draws, evaluated, torch.rand(1).item()]
-        run.env.close()
-    assert all(first != second for first, second in zip(seen[1], seen[2], strict=True))
+def test_everything_random_depends_on_the_seed(tmp_path, monkeypatch):
+    """Actions, episodes, draws from the replay and evaluations, not only the first weights."""
+    seen, reset = {}, dmc2gym.DMCWrapper.reset
+
+    def note(env, *, seed=None):
+        seeds.append(seed)
+        return reset(env, seed=seed)
+
+    monkeypatch.setattr(dmc2gym.DMCWrapper, "reset", note)
+    for seed in ("1", "2"):
+        seeds = []
+        run, resources = open_run(*SMALL, *METHODS["sac_state"], "--seed", seed, "--work_dir", str(tmp_path / seed))
+        with resources:
+            train.train(run)
+            run.replay.oldest, run.replay.transitions_added = 0, 60
+            actions = run.replay.gather(np.arange(60))[1][:25]
+            seen[seed] = [seeds, actions.tolist(), run.replay.draw().tolist(), torch.rand(1).item()]
+    assert len(seen["1"][0]) == 1 + 2 * 1 + 1  # the spare one, an evaluation, an episode
+    assert all(first != second for first, second in zip(seen["1"], seen["2"], strict=True))
+
+
+def test_no_two_purposes_share_random_numbers():
+    names = ("training", "evaluation", "random action", "replay")
+    draws = {tuple(generator(seed, name, 3).integers(0, 2**62, 2)) for seed in (1, 2) for name in names}
+    assert len(draws) == 8
 
 
 def test_evaluations_differ_in_episodes_and_steps(tmp_path, monkeypatch):
@@ -242,14 +254,13 @@ def test_evaluations_differ_in_episodes_and_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(BarEnv, "reset", lambda self, *, seed=None: seeds.append(seed) or reset(self, seed=seed))
     flags = "--num_train_steps 40 --init_steps 100 --eval_freq 20 --image_size 24 --num_eval_episodes 3".split()
     run_toy(tmp_path, monkeypatch, BarEnv, *flags)
-    evaluated = [seed for seed in seeds if seed is not None]
-    assert len(evaluated) == len(set(evaluated)) == 9
+    assert len(seeds) == len(set(seeds)) == 9 + 2 + 1  # evaluations, training, and a spare environment
 
 
 def test_times(tmp_path, monkeypatch):
     """D and decisions per second are of the episode, evaluation apart, on a clock that ticks with decisions."""
     clock = [0.0]
-    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     step = CountingEnv.step
 
     def slow_step(self, action):
@@ -330,7 +341,7 @@ def test_a_bad_action_stops_the_run(tmp_path, monkeypatch, capsys):
         ("--replay_device cuda --device cpu", "replay_device cuda needs a GPU"),
         (
             "--replay_buffer_capacity 99999999 --num_train_steps 99999999",
-            "largest --replay_buffer_capacity that fits",
+            "fits",
         ),
         ("--device gpu", "there is no device gpu here; choose cpu"),
         ("--device meta", "there is no device meta here"),
@@ -367,7 +378,7 @@ def program_name(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
 
 
-@pytest.mark.parametrize("name", train.RUN_FILES)
+@pytest.mark.parametrize("name", [*LOGS, *FOLDERS])
 def test_a_folder_that_holds_a_run_is_refused(tmp_path, capsys, name):
     (tmp_path / name).write_text("precious")
     assert_refused(tmp_path, capsys, [], "holds a run already")
@@ -394,24 +405,25 @@ def test_compile_without_a_compiler_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert_refused(tmp_path / "log", capsys, ["--compile"], "no-such-compiler is not there: install g++")
     monkeypatch.setenv("CXX", "sh -c")  # a command with flags
-    monkeypatch.setattr(train.sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(machine.sysconfig, "get_path", lambda _: str(tmp_path))
     assert_refused(tmp_path / "log", capsys, ["--compile"], "compile needs Python's headers")
 
 
 def test_cuda_graphs_are_for_gpus(monkeypatch):
-    """Chosen by flag and device; their one line goes where the run prints."""
-    made = []
+    """Chosen by flag and device."""
+    graphed = []
+    monkeypatch.setattr(train, "Graphs", lambda agent, report: graphed.append(agent.device.type))
 
-    class Made:
-        def __init__(self, *args, **kwargs):
-            made.append((type(self).__name__, kwargs.get("report")))
+    class Agent:
+        settings_class = train.SacAeAgent.settings_class
 
-    for name in ("SacAeAgent", "GraphedAgent"):
-        monkeypatch.setattr(train, name, type(name, (Made,), {}))
-    monkeypatch.setattr(train.inspect, "signature", lambda _: original)
+        def __init__(self, obs_shape, action_shape, device, **settings):
+            self.device = torch.device(device)
+
+    monkeypatch.setitem(train.AGENTS, "sac_ae", Agent)
     for flags in (["--device", "cpu"], ["--device", "cuda"], ["--device", "cuda", "--cuda_graph", "off"]):
         train.make_agent(train.make_parser().parse_args(flags), (9, 84, 84), (6,))
-    assert made == [("SacAeAgent", None), ("GraphedAgent", train.tqdm.write), ("SacAeAgent", None)]
+    assert graphed == ["cuda"]
 
 
 def test_videos_survive_signals_to_all_processes(tmp_path):
@@ -446,7 +458,7 @@ def test_a_video_is_whole_or_not_there(tmp_path):
     size = len(path.read_bytes())
     path.unlink()
     for limit in (10, 1000, size // 2, size - 600, size - 1):
-        with largest_file(limit), pytest.raises(OSError, match="is the disk full"):
+        with largest_file(limit), pytest.raises(MachineError, match="is the disk full"):
             write_video(path, frames)
         assert not list(tmp_path.iterdir())
     with largest_file(size):
@@ -530,7 +542,7 @@ def test_a_compiler_that_fails_is_one_line(tmp_path, capsys, monkeypatch):
 
 def test_bfloat16_is_refused_where_it_is_slower(tmp_path, capsys, monkeypatch):
     asked = []
-    monkeypatch.setattr(precision, "bf16_ratio", lambda *sizes: asked.append(sizes) or 10.6)
+    monkeypatch.setattr(machine, "bf16_ratio", lambda *sizes: asked.append(sizes) or 10.6)
     line = "precision bf16 takes 10.6 times as long as fp32 on this processor, which lacks the instructions for it (AMX"
     assert_refused(tmp_path / "log", capsys, ["--precision", "bf16"], line)
     assert_refused(tmp_path / "log", capsys, ["--precision", "bf16", *METHODS["sac_state"]], line)
@@ -544,9 +556,9 @@ def test_bfloat16_is_refused_where_it_is_slower(tmp_path, capsys, monkeypatch):
 
 def test_a_run_that_began_in_bfloat16_goes_on_in_it(tmp_path, monkeypatch):
     flags = [*SMALL, *METHODS["sac_state"], "--precision", "bf16", "--work_dir", str(tmp_path / "log")]
-    monkeypatch.setattr(precision, "bf16_ratio", lambda *_: 0.5)
+    monkeypatch.setattr(machine, "bf16_ratio", lambda *_: 0.5)
     assert train.main(flags) == 0
-    monkeypatch.setattr(precision, "bf16_ratio", lambda *_: 10.6)
+    monkeypatch.setattr(machine, "bf16_ratio", lambda *_: 10.6)
     assert train.main([*flags, "--resume", "--num_train_steps", "70"]) == 0
 
 
@@ -555,66 +567,48 @@ def test_bfloat16_is_refused_on_a_gpu_without_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported[0])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old one")
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    with pytest.raises(ValueError, match="an old one"):
-        precision.check_bf16(torch.device("cuda"), 32, 1024)
+    with pytest.raises(UserError, match="an old one"):
+        machine.check_bf16(torch.device("cuda"), 32, 1024)
     supported[0] = True
-    precision.check_bf16(torch.device("cuda"), 32, 1024)
+    machine.check_bf16(torch.device("cuda"), 32, 1024)
 
 
 @pytest.mark.parametrize("filters", [0, 8])
 def test_asking_for_bfloat16_changes_nothing(filters):
     before = torch.get_rng_state(), torch.get_num_threads()
-    assert precision.bf16_ratio(filters, 64) > 0
+    assert machine.bf16_ratio(filters, 64) > 0
     assert torch.equal(torch.get_rng_state(), before[0])
     assert torch.get_num_threads() == before[1]
 
 
-@pytest.mark.parametrize(("update", "said"), [(2.0, True), (0.001, False)])
-def test_the_time_that_is_left_is_said_once(monkeypatch, update, said):
+def pace_of(monkeypatch, capsys, update, counts, left, rest=0.5):
+    """What a run says whose updates and rests of a decision take so many seconds."""
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    timer, notes = Pace(torch.device("cpu")), []
-    for step in range(10):
-        with timer.decision():
-            for _ in range(0 if step < 2 else 10):
-                with timer.update():
-                    clock[0] += 60 if step == 2 else update  # the first ones warm up
-                notes.append(timer.note(updates=36000, decisions=7200))
-            clock[0] += 0.5
-    # The first ten updates took a minute each, and five of them warm up.
-    notes = [note for note in notes if note is not None]
-    mean = (5 * 60 + 15 * update) / 20
-    left = (36000 * mean + 7200 * 0.5) / 86400
-    assert notes == [
-        f"note: an update takes {mean:.3g} s, the rest of a decision 0.5 s: {left:.1f} days are left, "
-        "evaluations not counted"
-    ]
-    timer, notes = Pace(torch.device("cpu")), []
-    for _ in range(30):
-        with timer.decision(), timer.update():
+    pace = report.Pace(torch.device("cpu"))
+    for count in counts:
+        clock[0] += rest
+        for _ in pace.updates(count, left):
             clock[0] += update
-        notes.append(timer.note(updates=3600, decisions=3600))
-    assert sum(note is not None for note in notes) == said
+    return capsys.readouterr().out
 
 
-def test_updates_are_no_rest_of_a_decision(monkeypatch):
-    """Where a run is resumed within its first updates, nothing is known of the rest before they are over."""
-    clock = [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    timer, notes = Pace(torch.device("cpu")), []
-    for updates in (200, 1):
-        with timer.decision():
-            for _ in range(updates):
-                with timer.update():
-                    clock[0] += 0.5
-                notes.append(timer.note(updates=36_000, decisions=36_000))
-            clock[0] += 0.25
-    assert [note is not None for note in notes] == [False] * 200 + [True]
-    assert notes[-1].startswith("note: an update takes 0.5 s, the rest of a decision 0.25 s: 7.5 hours are left")
+@pytest.mark.parametrize(("update", "said"), [(2.0, True), (0.001, False)])
+def test_the_time_that_is_left_is_said_once(monkeypatch, capsys, update, said):
+    """After 25 updates, if it is more than an hour."""
+    for counts, burst in (([0] * 5 + [1] * 60, 0), ([0] * 5 + [100] + [1] * 60, 75)):
+        printed = pace_of(monkeypatch, capsys, update, counts, left=7000)
+        hours = ((7000 + burst) * update + 7000 * 0.5) / 3600
+        line = f"note: an update takes {update:.3g} s, the rest of a decision 0.5 s: {hours:.1f} hours are left, "
+        assert printed == (f"{line}evaluations not counted\n" if said else "")
+
+
+def test_long_times_are_said_in_days(monkeypatch, capsys):
+    assert "s: 12.3 days are left" in pace_of(monkeypatch, capsys, 1.0, [1] * 30, left=710_000)
 
 
 def test_a_long_run_says_how_long_it_takes(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pace, "_WORTH_SAYING", 0.0)
+    monkeypatch.setattr(report.Pace, "WORTH_SAYING", 0.0)
     assert train.main([*SMALL, *METHODS["sac_state"], "--work_dir", str(tmp_path / "log")]) == 0
     assert capsys.readouterr().out.count("note: an update takes ") == 1
 
@@ -658,93 +652,82 @@ def test_help_shows_every_flag_with_its_default(capsys):
 
 
 def test_published_defaults():
-    """The defaults that the method's results rest on."""
-    want = {
-        "image_size": 84, "action_repeat": 1, "frame_stack": 3, "replay_buffer_capacity": 1_000_000, "init_steps": 1000,
-        "num_train_steps": 1_000_000, "batch_size": 128, "hidden_dim": 1024, "eval_freq": 10_000,
-        "num_eval_episodes": 10, "critic_lr": 1e-3, "critic_beta": 0.9, "critic_tau": 0.01,
-        "critic_target_update_freq": 2, "actor_lr": 1e-3, "actor_beta": 0.9, "actor_log_std_min": -10,
-        "actor_log_std_max": 2, "actor_update_freq": 2, "encoder_type": "pixel", "encoder_feature_dim": 50,
-        "encoder_lr": 1e-3, "encoder_tau": 0.05, "decoder_type": "pixel", "decoder_lr": 1e-3, "decoder_update_freq": 1,
-        "decoder_latent_lambda": 1e-6, "decoder_weight_lambda": 1e-7, "num_layers": 4, "num_filters": 32,
-        "discount": 0.99, "init_temperature": 0.1, "alpha_lr": 1e-4, "alpha_beta": 0.5, "seed": 1,
-        "work_dir": "./log", "replay_device": "auto", "precision": None,
-        "compile": False, "cuda_graph": "auto",
-        "resume": False, "overwrite": False, "checkpoint_minutes": 10, "checkpoint_freq": None,
-        "eval_workers": train.cores(),
-        "save_tb": False, "save_model": False, "save_buffer": False, "save_video": False,
-        "domain_name": "cheetah", "task_name": "run", "agent": "sac_ae",
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
-    }  # fmt: skip
-    assert vars(train.make_parser().parse_args([])) == want
+    """The numbers that the method's results rest on (paper, table 3, and the authors' script)."""
+    args = train.make_parser().parse_args([])
+    assert (args.encoder_type, args.decoder_type) == ("pixel", "pixel")
+    assert (args.image_size, args.frame_stack, args.batch_size, args.hidden_dim) == (84, 3, 128, 1024)
+    assert (args.num_layers, args.num_filters, args.encoder_feature_dim) == (4, 32, 50)
+    assert (args.init_steps, args.replay_buffer_capacity, args.discount) == (1000, 1_000_000, 0.99)
+    assert (args.init_temperature, args.alpha_lr, args.alpha_beta) == (0.1, 1e-4, 0.5)
+    assert args.critic_lr == args.actor_lr == args.encoder_lr == args.decoder_lr == 1e-3
+    assert (args.critic_tau, args.encoder_tau) == (0.01, 0.05)
+    assert (args.actor_update_freq, args.critic_target_update_freq, args.decoder_update_freq) == (2, 2, 1)
+    assert (args.actor_log_std_min, args.actor_log_std_max) == (-10, 2)
+    assert (args.decoder_latent_lambda, args.decoder_weight_lambda) == (1e-6, 1e-7)
+    assert (args.eval_freq, args.num_eval_episodes) == (10_000, 10)
 
 
 def test_first_lines(tmp_path):
-    flags = [*SMALL, "--action_repeat", "4", "--work_dir", str(tmp_path)]
-    run = train.Run(train.make_parser().parse_args(flags))
-    lines = list(run.describe())
-    starts = ["note: the published", "device: cpu", "renderer: "]
-    if run.env.unwrapped.renderer[1]:
-        starts += ["warning: this renderer is software"]
-    starts += [
-        "observation: (9, 32, 32) uint8",
-        "action: (1,)",
-        "replay: 0.2 MB in host memory for 60 transitions",
-        f"checkpoints: up to 0.2 MB in {tmp_path}/checkpoint, ",
-        "actor: ",
-        "critic: ",
-        "decoder: ",
-    ]
-    starts += ["first an evaluation, 25 random decisions"]
-    assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True)), lines
-    assert "--action_repeat 8, not 4" in lines[0]
-    for software in (False, True):
-        run.renderer = ("a name", software)
-        assert any("renderer is software" in line for line in run.describe()) == software
-    run.args.num_train_steps = run.args.init_steps = 60
-    assert list(run.describe())[-1].startswith("note: nothing will be learned")
-    run.env.close()
+    run, resources = open_run(*SMALL, "--action_repeat", "4", "--work_dir", str(tmp_path))
+    with resources:
+        lines = list(report.describe(run, ("a name", True)))
+        starts = ["note: the published", "device: cpu", "renderer: a name", "warning: this renderer is software"]
+        starts += [
+            "observation: (9, 32, 32) uint8",
+            "action: (1,)",
+            "replay: 0.2 MB in host memory for 60 transitions",
+            f"checkpoints: up to 0.2 MB in {tmp_path}/checkpoint, ",
+            "actor: ",
+            "critic: ",
+            "decoder: ",
+        ]
+        starts += ["first an evaluation, 25 random decisions"]
+        assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True)), lines
+        assert "--action_repeat 8, not 4" in lines[0]
+        assert not any("software" in line for line in report.describe(run, ("a name", False)))
+        assert not any("renderer" in line for line in report.describe(run, None))
+        run.args.num_train_steps = run.args.init_steps
+        assert list(report.describe(run, None))[-1].startswith("note: nothing will be learned")
 
 
-@pytest.mark.parametrize(
-    ("task", "repeat"),
-    [
-        ("cartpole swingup", 8),
-        ("reacher easy", 4),
-        ("cheetah run", 4),
-        ("ball_in_cup catch", 4),
-        ("finger spin", 2),
-        ("walker walk", 2),
-        ("hopper hop", None),
-    ],
-)
-def test_published_repeats(task, repeat):
-    assert train.PUBLISHED_REPEATS.get(tuple(task.split())) == repeat
-    domain_name, task_name = task.split()
-    flags = ["--domain_name", domain_name, "--task_name", task_name, *METHODS["sac_state"], "--num_train_steps", "200"]
-    for chosen in (3, repeat or 5):
-        run = train.Run(train.make_parser().parse_args([*flags, "--action_repeat", str(chosen)]))
-        noted = any(line.startswith("note: the published") for line in run.describe())
-        assert noted == (repeat is not None and chosen != repeat)
-        run.env.close()
+def test_published_repeats(tmp_path):
+    """Paper, table 2; a run with another one says so."""
+    assert report.PUBLISHED_REPEATS == {
+        ("cartpole", "swingup"): 8, ("reacher", "easy"): 4, ("cheetah", "run"): 4, ("ball_in_cup", "catch"): 4,
+        ("finger", "spin"): 2, ("walker", "walk"): 2,
+    }  # fmt: skip
+    for task, repeat, noted in (("finger spin", "2", False), ("finger spin", "3", True), ("hopper hop", "3", False)):
+        domain_name, task_name = task.split()
+        flags = [*SMALL, *METHODS["sac_state"], "--domain_name", domain_name, "--task_name", task_name]
+        run, resources = open_run(*flags, "--action_repeat", repeat, "--work_dir", str(tmp_path / (task + repeat)))
+        with resources:
+            lines = report.describe(run, ("none", False))
+            assert any(line.startswith("note: the published") for line in lines) == noted
 
 
-def test_every_agent_flag_reaches_the_agent(monkeypatch):
-    given = {}
-    monkeypatch.setattr(train.SacAeAgent, "__init__", lambda self, *args, **kwargs: given.update(kwargs))
-    monkeypatch.setattr(train.inspect, "signature", lambda _: original)
-    parser = train.make_parser()
-    names = [name for name in original.parameters if name not in ("self", "obs_shape", "action_shape", "device")]
-    assert len(names) == 27
-    args = parser.parse_args([])
-    for index, name in enumerate(names):  # values that are nobody's default
-        setattr(args, name, 1000 + index)
-    train.make_agent(args, (9, 84, 84), (6,))
-    assert given == {name: 1000 + index for index, name in enumerate(names)}
+def test_every_setting_is_a_flag_that_reaches_the_agent():
+    """A new one is written once, in the settings of an agent."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class MoreSettings(settings.Settings):
+        novelty: settings.Fraction = settings.setting(0.25, "share of novelty")
+
+    class Curious(train.SacAeAgent):
+        settings_class = MoreSettings
+
+    names = [field.name for field in dataclasses.fields(settings.Settings)]
+    assert set(names) <= set(vars(train.make_parser().parse_args([])))
+    with mock.patch.dict(train.AGENTS, {"curious": Curious}):
+        args = train.make_parser().parse_args(["--agent", "curious", *METHODS["sac_state"], "--novelty", "0.5"])
+        for name in ("actor_lr", "critic_tau"):
+            setattr(args, name, 0.375)
+        agent = train.make_agent(args, (5,), (2,))
+    assert (agent.settings.novelty, agent.settings.actor_lr, agent.settings.critic_tau) == (0.5, 0.375, 0.375)
+    assert {name: getattr(agent.settings, name) for name in names} == {name: getattr(args, name) for name in names}
 
 
 def start(tmp_path, *flags):
-    command = [sys.executable, "train.py", *SMALL, *flags, "--work_dir", str(tmp_path / "log")]
+    command = [sys.executable, "train.py", *SMALL, *METHODS["sac_state"], *flags, "--work_dir", str(tmp_path / "log")]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -799,7 +782,7 @@ def test_output_on_a_terminal_and_on_a_pipe(tmp_path):
         with reader(terminal) as (stderr, read):
             result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True, check=True)
         bars = read()
-        assert [bars.count(f"{name}:   0%") for name in ("first updates", "evaluation")] == 2 * [int(terminal)]
+        assert [bars.count(f"{name}: ") > 0 for name in ("first updates", "evaluation")] == 2 * [terminal]
         outputs.append([line for line in result.stdout.splitlines() if line.startswith("|")])
         assert all(LINE[line.split()[1]].fullmatch(line) for line in outputs[-1])
     remove_times = [[re.sub(r"D: \S+ s", "", line) for line in lines] for lines in outputs]

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
+import cloudpickle
 import gym
 import numpy as np
 
-from environment import FrameStack, make_env
+import train
+from utils import FrameStack
+
+make_task = train.make_env
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers need not import it, nor PyTorch
 
 
 class CountingEnv(gym.Env):
@@ -16,7 +23,7 @@ class CountingEnv(gym.Env):
 
     def __init__(self, size=16, limit=5, ends=False):
         self.observation_space = gym.spaces.Box(0, 255, (3, size, size), np.uint8)
-        self.action_space = gym.spaces.Box(-1, 1, (1,), np.float32, seed=1)
+        self.action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
         self.limit = limit
         self.ends = ends
         self.frame = -1
@@ -34,15 +41,7 @@ class CountingEnv(gym.Env):
         ended = bool(self.ends and action[0] > 0.5)
         return self._observe(), 1.0, ended, self.steps == self.limit and not ended, {}
 
-    @property
-    def random_state(self):
-        return {}
-
-    @random_state.setter
-    def random_state(self, state):
-        pass
-
-    def render(self, **_):
+    def render(self):
         return np.zeros((16, 16, 3), np.uint8)
 
 
@@ -52,15 +51,12 @@ class BarEnv(gym.Env):
     An episode begins with the bar near an edge and lasts 20 decisions, so a policy that does nothing gets little.
     """
 
-    camera_id = 0
-    renderer = ("none", False)
     size = 24
 
-    def __init__(self, seed=0):
+    def __init__(self):
         self.observation_space = gym.spaces.Box(0, 255, (3, self.size, self.size), np.uint8)
-        self.action_space = gym.spaces.Box(-1, 1, (1,), np.float32, seed=seed)
-        self.rng = np.random.default_rng(seed)
-        self.position = 0.0
+        self.action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+        self.rng = np.random.default_rng()
 
     def _observe(self):
         picture = np.zeros(self.observation_space.shape, np.uint8)
@@ -71,24 +67,19 @@ class BarEnv(gym.Env):
     def reset(self, *, seed=None, options=None):
         if seed is not None:
             self.rng = np.random.default_rng(seed)
-        self.position = float(self.rng.choice([-0.9, 0.9]))
         self.steps = 0
+        self.position = self.first_position()
         return self._observe(), {}
+
+    def first_position(self):
+        return float(self.rng.choice([-0.9, 0.9]))
 
     def step(self, action):
         self.steps += 1
         self.position = float(np.clip(self.position + 0.3 * action[0], -1, 1))
         return self._observe(), 1 - abs(self.position), False, self.steps == 20, {}
 
-    @property
-    def random_state(self):
-        return self.rng.bit_generator.state
-
-    @random_state.setter
-    def random_state(self, state):
-        self.rng.bit_generator.state = state
-
-    def render(self, **_):
+    def render(self):
         return self._observe().transpose(1, 2, 0)
 
 
@@ -102,19 +93,33 @@ class SlidingEnv(BarEnv):
     def _observe(self):
         return np.maximum(super()._observe(), 10 * self.steps).astype(np.uint8)
 
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.position = float(self.rng.uniform(-0.9, 0.9))
-        return self._observe(), {}
+    def first_position(self):
+        return float(self.rng.uniform(-0.9, 0.9))
 
-    def render(self, height=1, width=1, **_):
-        picture = np.zeros((height, width, 3), np.uint8)
-        picture[:, : width // 2, 1] = 12 * getattr(self, "steps", 0)
+    def render(self):
+        picture = np.zeros((256, 256, 3), np.uint8)
+        picture[:, :128, 1] = 12 * getattr(self, "steps", 0)
         return picture
 
 
-def make_sliding_env(args, seed):
-    """In place of `environment.make_env`: this one for pixels; states stay the simulator's."""
+class StateEnv(SlidingEnv):
+    """The same bar, its position and time observed as a state."""
+
+    def __init__(self):
+        super().__init__(24)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
+
+    def _observe(self):
+        return np.array([self.position, self.position**2, self.steps / 20])
+
+
+def make_toy_env(args, seed):
+    """In place of `train.make_env`: pixels or states without a simulator; episodes last 20 decisions."""
     if args.encoder_type == "pixel":
         return FrameStack(SlidingEnv(args.image_size), args.frame_stack)
-    return make_env(args, seed)
+    return StateEnv()
+
+
+def make_sliding_env(args, seed):
+    """In place of `train.make_env`: the toy for pixels; states stay the simulator's."""
+    return (make_toy_env if args.encoder_type == "pixel" else make_task)(args, seed)

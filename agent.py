@@ -1,0 +1,191 @@
+"""What is not special to SAC+AE: acting, updating from a replay, saving, loading."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+
+from errors import UserError
+from files import write_tensors
+from model_files import check_alike, read_state
+from precision import layers_in
+from settings import Settings
+
+Held = TypeVar("Held")
+Metrics = dict[str, Tensor]
+
+
+class Agent:
+    """Acts, updates, saves and loads. A subclass sets what is declared here; all that it trains is found."""
+
+    settings: Settings
+    device: torch.device
+    training: bool
+    actor: Any
+    critic: Any
+    critic_target: Any
+    decoder: Any
+    log_alpha: Tensor
+    actions: Callable[..., Tensor]  # (obs, sample) -> actions on the device, drawn from the policy or its means
+    due: Callable[[int], Any]  # what the update of a decision trains; hashable
+    update_networks: Callable[..., Metrics]  # (obs, action, reward, next_obs, not_done, due) -> losses
+
+    def _held(self, kind: type[Held]) -> dict[str, Held]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, kind)}
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """All modules, by attribute name."""
+        return self._held(nn.Module)
+
+    @property
+    def optimizers(self) -> dict[str, Optimizer]:
+        """All optimisers, by attribute name."""
+        return self._held(Optimizer)
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """Trained tensors that belong to no module, by attribute name."""
+        return {name: tensor for name, tensor in self._held(Tensor).items() if tensor.requires_grad}
+
+    def adam(self, params: Iterable[Tensor], lr: float, beta1: float = 0.9, weight_decay: float = 0) -> Adam:
+        """An Adam that steps all parameters at once, and that a CUDA graph can hold."""
+        on_gpu = self.device.type == "cuda"
+        return Adam(params, lr, (beta1, 0.999), weight_decay=weight_decay, fused=True, capturable=on_gpu)
+
+    def select_action(self, obs: np.ndarray) -> np.ndarray:
+        """The policy's mean action (A,) for one observation: evaluation."""
+        return self.select_actions(obs[None])[0]
+
+    def select_actions(self, obs: np.ndarray) -> np.ndarray:
+        """Mean actions (N, A) for observations (N, ...)."""
+        return self.actions(torch.from_numpy(obs), False).cpu().numpy()
+
+    def sample_action(self, obs: np.ndarray) -> np.ndarray:
+        """An action (A,) drawn from the policy for one observation: training."""
+        return self.actions(torch.from_numpy(obs[None]), True)[0].cpu().numpy()
+
+    def update(self, replay_buffer: Any, L: Any, step: int) -> Metrics:  # noqa: N803
+        """One update of everything that is due at decision `step`, on one batch.
+
+        Args:
+            replay_buffer: its `sample()` gives obs (any dtype, 0..255 for pixels), action, reward, next_obs, not_done.
+            L: its `log(key, value, step)` gets each of the returned metrics.
+
+        Returns:
+            Detached scalars on the agent's device, under the names they are logged with.
+        """
+        metrics = self.update_from(replay_buffer.sample(), self.due(step))
+        for key, value in metrics.items():
+            L.log(key, value, step)
+        return metrics
+
+    def update_from(self, batch: Iterable[Tensor], due: Any) -> Metrics:
+        """An update from the batch of a replay. A CUDA graph holds all of it."""
+        with layers_in(self.settings.precision, self.device):
+            return self.update_networks(*map(self.floating, batch), due)
+
+    def floating(self, tensor: Tensor) -> Tensor:
+        """A tensor on the agent's device, in the type and the layout in memory that its networks compute with."""
+        layout = torch.channels_last if tensor.dim() == 4 and self.device.type == "cpu" else torch.preserve_format
+        return tensor.to(self.device, next(self.critic.parameters()).dtype, memory_format=layout)
+
+    def minimise(self, loss: Tensor, *optimizers: Optimizer, inputs: list[Tensor] | None = None) -> Tensor:
+        """Steps each optimiser. Gradients go to `inputs`; None: to all tensors. Returns the loss, detached."""
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward(inputs=inputs)
+        for optimizer in optimizers:
+            optimizer.step()
+        return loss.detach()
+
+    def train(self, training: bool = True) -> None:
+        """Sets training or evaluation mode of every network. One whose parameters are frozen never trains."""
+        self.training = training
+        for network in self.networks.values():
+            network.train(training and any(parameter.requires_grad for parameter in network.parameters()))
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """A copy of all that updates change: networks, parameters, and the optimisers' moments."""
+        state: dict[str, Any] = {
+            "networks": {name: network.state_dict() for name, network in self.networks.items()},
+            "parameters": {name: parameter.detach() for name, parameter in self.parameters.items()},
+            "optimizers": {name: optimizer.state_dict()["state"] for name, optimizer in self.optimizers.items()},
+        }
+        return copy.deepcopy(state)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
+        """Copies what `state_dict` gave into the tensors that are there. Settings such as learning rates stay.
+
+        Raises UserError, and changes nothing, if it is the state of other networks.
+        """
+        mine, foreign = self.state_dict(), "the checkpoint is of another agent than this code's"
+        try:
+            for part in ("networks", "parameters"):
+                check_alike(state[part], mine[part], part)
+        except ValueError as error:
+            raise UserError(f"{foreign}: {error}") from None
+        if state["optimizers"].keys() != mine["optimizers"].keys():
+            raise UserError(f"{foreign}: it has other optimisers")
+        for name, network in self.networks.items():
+            network.load_state_dict(state["networks"][name])
+        for name, parameter in self.parameters.items():
+            parameter.copy_(state["parameters"][name])
+        for name, optimizer in self.optimizers.items():
+            _load_moments(optimizer, state["optimizers"][name])
+
+    def _saved_states(self) -> dict[str, dict[str, Any]]:
+        """What `save` writes, by name: the authors' names, and `target`."""
+        states: dict[str, dict[str, Any]] = {name: network.state_dict() for name, network in self.networks.items()}
+        target = {"critic_target": states.pop("critic_target"), "log_alpha": self.log_alpha.detach()}
+        return states | {"target": target}
+
+    def saved_names(self) -> list[str]:
+        """The NAMEs that `save` uses."""
+        return list(self._saved_states())
+
+    def save(self, model_dir: str | Path, step: int) -> None:
+        """Writes `NAME_STEP.pt` for each network and, as `target`, the target critic with log alpha."""
+        folder = Path(model_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, state in self._saved_states().items():
+            write_tensors(folder / f"{name}_{step}.pt", state)
+
+    @torch.no_grad()
+    def load(self, model_dir: str | Path, step: int) -> None:
+        """Loads what `save` or the authors' script wrote; without `target_STEP.pt` the target is the critic's copy.
+
+        Executes nothing that a file contains. Raises UserError, which leaves the agent unchanged and names the file,
+        if one is missing, damaged, foreign, or of another network.
+        """
+        mine = self._saved_states()
+        paths = {name: Path(model_dir) / f"{name}_{step}.pt" for name in mine}
+        if not os.path.lexists(paths["target"]):
+            del paths["target"]
+        states = {name: read_state(path, mine[name], self.device) for name, path in paths.items()}
+        target = states.pop("target", {"critic_target": states["critic"]})
+        for name, state in states.items():
+            getattr(self, name).load_state_dict(state)
+        self.critic_target.load_state_dict(target["critic_target"])
+        self.log_alpha.copy_(target.get("log_alpha", self.log_alpha))
+
+
+def _load_moments(optimizer: Optimizer, state: dict[int, dict[str, Any]]) -> None:
+    """Copies an optimiser's moments by parameter. A CUDA graph goes on using the memory in which they are."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, parameter in enumerate(parameters):
+        moments = optimizer.state[parameter] if index in state else optimizer.state.pop(parameter, {})
+        for key, value in state.get(index, {}).items():
+            if key not in moments:  # in the parameter's own layout in memory
+                like = parameter if value.shape == parameter.shape else value
+                moments[key] = torch.empty_like(like, dtype=value.dtype, device=parameter.device)
+            moments[key].copy_(value)

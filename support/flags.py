@@ -1,0 +1,117 @@
+"""Command lines: a parser whose errors are one line, and flags that are declared once."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from typing import Any, Literal, NoReturn
+
+from settings import Limits
+
+LARGEST = 2**63 - 1  # what the libraries' counters hold
+# What a resumed run does with a flag that is not given: it keeps the old value, and another one is refused ("fixed") or
+# taken ("free"); or the default holds, because it depends on the machine ("machine") or on the command ("command").
+Resume = Literal["fixed", "free", "machine", "command"]
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line. Help texts show defaults."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+        self.resume: dict[str, Resume] = {}  # by name of the flag
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the message on stderr and exits with status 2."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+    def section(self, title: str) -> Callable[..., None]:
+        """Begins a section of the help text. Returns `add(name, kind, default, help, resume="fixed")`.
+
+        `kind` is a type, perhaps one of settings.py, `type | None`, a Literal of choices, or a function of a text.
+        """
+        group = self.add_argument_group(title)
+
+        def add(name: str, kind: Any, default: Any, text: str, resume: Resume = "fixed") -> None:
+            group.add_argument(f"--{name}", default=default, help=text, **options(kind))
+            self.resume[name] = resume
+
+        return add
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
+        """As argparse's, but names the mistake where a flag that takes no value is given one."""
+        words = list(sys.argv[1:] if args is None else args)
+        takes_words = any(not action.option_strings and action.help != argparse.SUPPRESS for action in self._actions)
+        flags = words[: words.index("--")] if "--" in words else words
+        for word, after in itertools.pairwise([*flags, "--"]):
+            name, equals, value = word.partition("=")
+            flag = self._option_string_actions.get(name)
+            if not equals and not takes_words and not after.startswith("-"):
+                equals, value = " ", after
+            if equals and flag is not None and flag.nargs == 0 and flag.dest != "help":
+                on, *off = flag.option_strings
+                self.error(f"{name}{equals}{value}: the flag takes no value; write {on}, or {off[0] if off else 'not'}")
+        return super().parse_known_args(words, namespace)
+
+    def given(self, argv: Sequence[str] | None) -> dict[str, Any]:
+        """The flags that a command line names, without the defaults of the others."""
+        absent = object()  # argparse sets a default only where there is no value yet
+        before = argparse.Namespace(**{action.dest: absent for action in self._actions})
+        return {name: value for name, value in vars(self.parse_args(argv, before)).items() if value is not absent}
+
+
+def options(kind: Any) -> dict[str, Any]:
+    """argparse's options for values of a type."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if typing.get_origin(kind) is Literal:
+        return {"choices": typing.get_args(kind)}
+    limits = next(filter(lambda note: isinstance(note, Limits), getattr(kind, "__metadata__", ())), Limits())
+    kind = getattr(kind, "__origin__", kind)
+    return {"type": number(kind, *limits) if kind in (int, float) else kind}
+
+
+def settings_of(agents: Iterable[type]) -> dict[str, tuple[Any, Any, str]]:
+    """Type, default and help text of every setting of some agents, by name."""
+    found = {}
+    for settings in (agent.settings_class for agent in agents):  # type: ignore[attr-defined]
+        kinds = typing.get_type_hints(settings, include_extras=True)
+        for field in fields(settings):
+            found[field.name] = (kinds[field.name], field.default, field.metadata.get("help", "of the agent"))
+    return found
+
+
+def number(kind: type, low: float = -math.inf, high: float = math.inf, exclusive: bool = False) -> Callable[[str], Any]:
+    """An argparse type: a finite number from `low` to `high`, without `low` itself if `exclusive`."""
+
+    def convert(text: str) -> Any:
+        value = kind(text)
+        most = min(high, LARGEST) if kind is int else high
+        if not low <= value <= most or (exclusive and value == low) or value in (math.inf, -math.inf):
+            bounds = [f"{'above' if exclusive else 'at least'} {low}"] if low > -math.inf else []
+            bounds += [f"at most {most}"] if high < math.inf or value > most else []
+            shown = text if len(text) < 30 else f"{text[:30]}..."
+            raise argparse.ArgumentTypeError(f"must be {' and '.join(bounds) or 'a finite number'}, got {shown}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse names it where the text is no number
+    return convert
+
+
+def user_path(text: str) -> str:
+    """An argparse type: a path; `~` is expanded, as a shell does where it stands alone."""
+    expanded = os.path.expanduser(text)  # noqa: PTH111  # which leaves `./log` as it is
+    if expanded.startswith("~"):
+        raise argparse.ArgumentTypeError(f"no such user: {text.partition('/')[0]} (a folder of that name is ./{text})")
+    return expanded

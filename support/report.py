@@ -1,0 +1,184 @@
+"""What a program tells its user: how long it will take, progress bars, warnings, errors, and how it was started."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from errors import MachineError, UserError
+from support.machine import cores
+from support.work_dir import existing_part
+
+# Action repeats of the published results (paper, table 2).
+PUBLISHED_REPEATS = {
+    ("cartpole", "swingup"): 8,
+    ("reacher", "easy"): 4,
+    ("cheetah", "run"): 4,
+    ("ball_in_cup", "catch"): 4,
+    ("finger", "spin"): 2,
+    ("walker", "walk"): 2,
+}
+
+
+def show(line: str) -> None:
+    """Prints a line on stdout. Raises MachineError if that is a pipe without a reader, or a full disk."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more at exit
+        raise MachineError(str(error)) from error
+
+
+def say(line: str) -> None:
+    """Prints a line on stderr, above a progress bar if there is one."""
+    with suppress(OSError):  # where nobody can read it
+        tqdm.write(line, file=sys.stderr)
+
+
+def warn_of_divergence(where: str, error: str) -> None:
+    """Says that an episode has ended because its simulation diverged."""
+    say(f"warning: the simulation diverged at {where}, which ends the episode: {error}")
+
+
+def progress(items: Iterable[Any], name: str) -> Iterator[Any]:
+    """The items, with a bar on stderr if that is a terminal; the bar is gone before a line is printed."""
+    yield from tqdm(items, desc=name, leave=False, disable=None)
+
+
+def in_bytes(number: int) -> str:
+    """A number of bytes as GB or MB."""
+    return f"{number / 1e9:.2f} GB" if number >= 1e8 else f"{number / 1e6:.1f} MB"
+
+
+class Pace:
+    """Counts updates, and says once how long the run will take, if that is more than an hour."""
+
+    WARMUP, TIMED = 5, 20  # updates
+    WORTH_SAYING = 3600.0  # seconds that are left
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._updates: list[float] = []  # seconds of each
+        self._rests: list[float] = []  # seconds from the updates of a decision to those of the next
+        self._last = self._now()
+
+    def updates(self, count: int, left: int) -> Iterator[int]:
+        """The numbers of the updates of a decision, which the caller makes; `left` decisions are to come after it."""
+        numbers: Iterable[int] = progress(range(count), "first updates") if count > 1 else range(count)
+        if len(self._updates) >= self.WARMUP + self.TIMED:
+            yield from numbers
+            return
+        self._rests.append(self._now() - self._last)
+        for number in numbers:
+            start = self._now()
+            yield number
+            self._updates.append(self._now() - start)
+            if len(self._updates) == self.WARMUP + self.TIMED:
+                self._say(count - number - 1 + left, left)
+        self._last = self._now()
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":  # for these few; later nothing waits
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def _say(self, updates: int, decisions: int) -> None:
+        # Medians: an evaluation or a checkpoint may lie between two decisions.
+        update, rest = statistics.median(self._updates[self.WARMUP :]), statistics.median(self._rests)
+        left = updates * update + decisions * rest
+        if left >= self.WORTH_SAYING:
+            time_left = f"{left / 3600:.1f} hours" if left < 48 * 3600 else f"{left / 86400:.1f} days"
+            times = f"an update takes {update:.3g} s, the rest of a decision {rest:.2g} s"
+            tqdm.write(f"note: {times}: {time_left} are left, evaluations not counted")
+
+
+def describe(run: Any, renderer: tuple[str, bool] | None) -> Iterator[str]:
+    """What a user wants to know before an open `support.run.Run`: lines to print.
+
+    `renderer` is what draws, and whether that is software on the CPU; None if the task is not the Control Suite's.
+    """
+    args, now, replay, device, env = run.args, run.progress, run.replay, run.agent.device, run.env
+    repeat = PUBLISHED_REPEATS.get((args.domain_name, args.task_name), args.action_repeat)
+    if args.action_repeat != repeat and renderer is not None:
+        yield f"note: the published results on this task have --action_repeat {repeat}, not {args.action_repeat}"
+    yield f"device: {device} ({torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{cores()} cores'})"
+    if renderer is not None:
+        yield f"renderer: {renderer[0]}"
+        if renderer[1]:
+            yield "warning: this renderer is software on the CPU, about 25 ms a frame; a GPU needs its EGL driver"
+    yield f"observation: {env.observation_space.shape} {env.observation_space.dtype}"
+    yield f"action: {env.action_space.shape}"
+    place = "in host memory" if replay.frames.device.type == "cpu" else f"on {replay.frames.device}"
+    size, folder = in_bytes(replay.nbytes), run.work_dir.checkpoint.folder
+    yield f"replay: {size} {place} for {replay.capacity:,} transitions"
+    free = shutil.disk_usage(existing_part(folder)).free
+    yield f"checkpoints: up to {size} in {folder}, {in_bytes(free)} free"
+    if args.save_buffer:
+        yield f"saved replay: up to {size} more in {run.work_dir.path / 'buffer'}"
+    if free < replay.nbytes * (2 if args.save_buffer else 1):
+        yield "warning: the disk may be full before the run ends; it could then go on elsewhere, or with less to do"
+    for name, network in run.agent.networks.items():
+        if name != "critic_target":
+            yield f"{name}: {sum(parameter.numel() for parameter in network.parameters()):,} parameters"
+    if now.step:
+        yield f"at decision {now.step:,} of {args.num_train_steps:,}, evaluation at {now.next_evaluation:,}"
+    elif args.num_train_steps <= args.init_steps:
+        yield "note: nothing will be learned: num_train_steps does not exceed init_steps"
+    else:
+        yield f"first an evaluation, {args.init_steps:,} random decisions, then as many updates at once"
+
+
+def provenance(device: torch.device) -> dict[str, str]:
+    """When, where and by what a run on this device is started."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = "unknown"
+    with suppress(OSError, subprocess.CalledProcessError):  # no git, or no clone
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    start = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(sys.argv),
+        "commit": commit,
+        "machine": f"{platform.platform()}, {cores()} cores",
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+    }
+    return start | {name: importlib.metadata.version(name) for name in ("numpy", "dm_control", "mujoco", "gym")}
+
+
+@contextmanager
+def one_line(fail: Callable[[str], Any]) -> Iterator[None]:
+    """Hands the message of a user's mistake, or of what the machine lacks, to `fail`, and goes on after the block.
+
+    Any other exception is a bug and passes, with its traceback.
+    """
+    try:
+        yield
+    except (UserError, MachineError, MemoryError) as error:
+        fail(str(error))
+    except torch.OutOfMemoryError as error:
+        fail(f"{error}; --resume goes on, and with --replay_device cpu a GPU has more room")
+    except RuntimeError as error:
+        if type(error) is not RuntimeError or "DefaultCPUAllocator" not in str(error):
+            raise
+        fail(str(error))
+
+
+def complain(prog: str, message: str) -> None:
+    """Prints an error in one line."""
+    with suppress(OSError):
+        print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)

@@ -1,0 +1,159 @@
+"""A training run: where it is, and how it is saved and taken up again."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from agent import Agent
+from files import write_json, writing
+from randomness import seed_of
+from support import checks, report
+from support.flags import OneLineParser
+from support.signals import Stop
+from support.work_dir import WorkDir
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run is. A checkpoint holds all of it."""
+
+    step: int = 0  # decisions made
+    updates: int = 0
+    episode: int = 1  # number of the episode under way
+    next_evaluation: int = 0  # the first end of an episode at or after this decision brings one
+    actions: list[Any] = dataclasses.field(default_factory=list)  # of the episode under way
+    action: Any = None  # of the decision under way: chosen before its updates, which change the policy
+    episode_return: float = 0.0
+    seconds: float = 0.0  # that the episode under way has taken, evaluation excluded
+    obs_crc: int | None = None  # of the observation, to see whether the environment repeats its episodes
+
+    def evaluation_due(self) -> bool:
+        """Whether it is time for one, which is between episodes."""
+        return not self.actions and self.step >= self.next_evaluation
+
+
+class Run:
+    """What the training loop works on. The program sets `video` and `eval_envs`."""
+
+    logger: Any
+    video: Any
+    eval_envs: Any
+    obs: np.ndarray
+
+    def __init__(self, args: argparse.Namespace, env: Any, agent: Agent, replay: Any):
+        self.args, self.env, self.agent, self.replay = args, env, agent, replay
+        self.progress, self.work_dir = Progress(), WorkDir(Path(args.work_dir))
+        self.stop, self.pace = Stop(), report.Pace(agent.device)
+
+    def open(self, parser: OneLineParser, make_logger: Callable[..., Any]) -> list[str]:
+        """Starts the run in its folder, or takes up the checkpoint that is there; lines to print.
+
+        `make_logger` takes the `state` of the logger before; None if there was none.
+
+        Raises:
+            UserError: the checkpoint cannot be used; nothing has been changed.
+            MachineError: the folder cannot be written.
+        """
+        args, work_dir, path, files = self.args, self.work_dir, self.work_dir.path, self.replay.files
+        if args.resume and work_dir.checkpoint.exists():
+            lines, logger_state = self._restore(parser)
+        else:
+            lines, logger_state = work_dir.begin(vars(args), files.name, args.resume), None
+        before = set(path.glob("tb/*"))
+        self.logger = make_logger(state=logger_state)  # checks its files before anything is changed
+        work_dir.adopt(files.name)
+        work_dir.note(*(f"tb/{events.name}" for events in set(path.glob("tb/*")) - before))
+        write_json(path / "args.json", dict(sorted(vars(args).items())), files.name)
+        start = report.provenance(self.agent.device) | {"step": self.progress.step}
+        with writing(path / "starts.log"), (path / "starts.log").open("a") as file:
+            file.write(json.dumps(start) + "\n")
+        return lines
+
+    def _restore(self, parser: OneLineParser) -> tuple[list[str], dict[str, Any]]:
+        """Takes up the checkpoint; lines to print, and the logger's state."""
+        args, device, dtype = self.args, self.agent.device, self.env.action_space.dtype
+        content, tensors = self.work_dir.checkpoint.load(self.replay, device)
+        self.agent.load_state_dict(tensors["agent"])
+        torch.set_rng_state(tensors["random"]["cpu"].cpu())
+        if "cuda" in tensors["random"] and device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["random"]["cuda"].cpu(), device)
+        self.progress = now = Progress(**content["progress"])
+        now.actions = [np.asarray(action, dtype) for action in now.actions]
+        now.action = None if now.action is None else np.asarray(now.action, dtype)
+        if content["args"]["eval_freq"] != args.eval_freq and not now.evaluation_due():
+            last_end = now.step - len(now.actions)
+            now.next_evaluation = (last_end // args.eval_freq + 1) * args.eval_freq
+        end = f"the run has ended at step {now.step}: more --num_train_steps would take it further"
+        last_line = end if self.ended() else f"resuming at step {now.step}"
+        return [*checks.changes(args, parser, content["args"]), last_line], content["logger"]
+
+    def ended(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.progress.step >= self.args.num_train_steps and not self.progress.evaluation_due()
+
+    def begin_episode(self) -> np.ndarray:
+        """The observation at its start; an episode that was under way at a checkpoint is caught up by its actions.
+
+        An environment whose episodes do not repeat under the same seed is found out here: a line says so, and the
+        episode begins anew.
+        """
+        now, seed = self.progress, seed_of(self.args.seed, "training", self.progress.episode)
+        self.obs, _ = self.env.reset(seed=seed)
+        for action in now.actions:
+            self.obs, _, terminated, truncated, _ = self.env.step(action)
+            if terminated or truncated:
+                break
+        if now.obs_crc not in (None, zlib.crc32(self.obs.tobytes())):
+            report.say(
+                "warning: the environment does not repeat its episodes under the same seed: the one under way begins "
+                "anew, and the run will differ from one that never stopped"
+            )
+            now.actions, now.action, now.episode_return, now.seconds = [], None, 0.0, 0.0
+            self.obs, _ = self.env.reset(seed=seed)
+        now.obs_crc = None
+        return self.obs
+
+    def checkpoint_due(self) -> bool:
+        """Whether it is time for one, which is between episodes."""
+        due, args, now = self.work_dir.checkpoint.due, self.args, self.progress
+        return not now.actions and due(now.step, args.checkpoint_minutes, args.checkpoint_freq)
+
+    def save_checkpoint(self) -> None:
+        """Writes a checkpoint. Raises MachineError if that fails; the one before it is still there then."""
+        now, device = self.progress, self.agent.device
+        under_way = now.actions or now.action is not None
+        now.obs_crc = zlib.crc32(self.obs.tobytes()) if under_way else None
+        random = {"cpu": torch.get_rng_state()}
+        if device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(device)
+        numbers = {"progress": vars(now), "logger": self.logger.state(now.step)}
+        tensors = {"agent": self.agent.state_dict(), "random": random}
+        self.work_dir.checkpoint.write(vars(self.args), numbers, tensors, self.replay)
+
+    def save_models(self) -> None:
+        """Writes networks and replay, if asked for."""
+        args, step = self.args, self.progress.step
+        if args.save_model:
+            self.work_dir.claim(*(f"model/{name}_{step}.pt" for name in self.agent.saved_names()))
+            self.agent.save(self.work_dir.path / "model", step)
+        if args.save_buffer:
+            self.replay.save(self.work_dir.path / "buffer")
+
+    def save_video(self) -> None:
+        """Writes the recorded episode, if one was, as an mp4 and, thinned to about 100 frames, for TensorBoard."""
+        video, step = self.video, self.progress.step
+        if video.enabled:
+            if self.args.save_video:
+                self.work_dir.claim(f"video/{step}.mp4")
+                video.save(f"{step}.mp4")
+            self.logger.log_video("eval/video", video.frames[:: -(-len(video.frames) // 100)], step)
+            video.init(enabled=False)  # lets go of the frames
