@@ -87,13 +87,15 @@ class Actor(nn.Module):
         self.trunk = mlp(self.encoder.feature_dim, hidden_dim, 2 * action_shape[0])
         self.apply(weight_init)
 
-    def forward(self, obs: Tensor, compute_pi: bool = True, compute_log_pi: bool = True) -> Policy:
+    def forward(
+        self, obs: Tensor, compute_pi: bool = True, compute_log_pi: bool = True, detach_encoder: bool = False
+    ) -> Policy:
         """Mean action, sampled action, its log probability (B, 1), and log std; actions (B, A) in [-1, 1].
 
         The sample and its log probability are None where they were not asked for. A sample draws its noise from one
         `torch.randn_like` of shape (B, A).
         """
-        return self.policy(self.encoder(obs), compute_pi, compute_log_pi)
+        return self.policy(self.encoder(obs, detach_encoder), compute_pi, compute_log_pi)
 
     def policy(self, feature: Tensor, compute_pi: bool = True, compute_log_pi: bool = True) -> Policy:
         """What `forward` returns, from features (B, D)."""
@@ -140,9 +142,9 @@ class Critic(nn.Module):
         self.Q2 = QFunction(self.encoder.feature_dim, action_shape[0], hidden_dim)
         self.apply(weight_init)
 
-    def forward(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, obs: Tensor, action: Tensor, detach_encoder: bool = False) -> tuple[Tensor, Tensor]:
         """Both values, (B, 1) each."""
-        return self.values(self.encoder(obs), action)
+        return self.values(self.encoder(obs, detach_encoder), action)
 
     def values(self, feature: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """What `forward` returns, from features (B, D)."""
