@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from errors import UserError
-from files import write_tensors
+from files import write_tensors, writing
 from model_files import check_alike, read_state
 from precision import layers_in
 from settings import Settings
@@ -156,7 +156,8 @@ class Agent:
     def save(self, model_dir: str | Path, step: int) -> None:
         """Writes `NAME_STEP.pt` for each network and, as `target`, the target critic with log alpha."""
         folder = Path(model_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         for name, state in self._saved_states().items():
             write_tensors(folder / f"{name}_{step}.pt", state)
 

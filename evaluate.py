@@ -9,6 +9,7 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
+import os
 import re
 import signal
 import sys
@@ -114,13 +115,8 @@ def check_video(path: Path) -> None:
     """Raises UserError if a video cannot be written there."""
     if path.suffix != ".mp4":
         raise UserError(f"video {path} must end in .mp4")
-    try:
-        path.lstat()
+    if os.path.lexists(path):
         raise UserError(f"video {path} exists already: choose another, or move it away")
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except OSError as error:
-        raise UserError(f"video {str(path)[:100]} cannot be written: {error.strerror}") from error
     check_folder(path.parent, f"the folder of video {path}")
     check_ffmpeg("video")
 

@@ -29,6 +29,7 @@ LINES = {
     "BR: {batch_reward:.4f} | ALOSS: {actor_loss:.4f} | CLOSS: {critic_loss:.4f} | RLOSS: {ae_loss:.4f}",
     "eval": "S: {step:.0f} | ER: {episode_reward:.4f}",
 }
+PREFIXES = tuple(f"{section}{end}" for section in LINES for end in "/_")
 COLOURS = {"train": "yellow", "eval": "green"}
 Values = list[tuple[Any, int, int]]  # each the sum of how many values, and its step
 
@@ -73,7 +74,8 @@ class Logger:
                 raise UserError(f"{path} is missing or shorter than at the checkpoint: lines were lost")
         for path, size in sizes.items():
             if _size(path) > size:
-                os.truncate(path, size)
+                with writing(path):
+                    os.truncate(path, size)
         self._values.update((key, [tuple(value) for value in values]) for key, values in state["meters"].items())
 
     def log(self, key: str, value: float | Tensor, step: int, n: int = 1) -> None:
@@ -81,7 +83,7 @@ class Logger:
 
         Nothing is fetched from a GPU or written here.
         """
-        if not key.startswith(tuple(f"{section}{end}" for section in LINES for end in "/_")):
+        if not key.startswith(PREFIXES):
             raise ValueError(f"the key {key!r} begins with none of {', '.join(LINES)}")
         # Tensors in host memory become numbers at once: small as they are, each would keep a gap between an update's
         # large tensors from being filled (https://sourceware.org/glibc/wiki/MallocInternals).

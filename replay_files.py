@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from errors import UserError
-from files import Written, read_json, read_tensors, reading, write_json, write_tensors
+from files import Written, read_json, read_tensors, reading, write_json, write_tensors, writing
 
 if TYPE_CHECKING:
     from replay_buffer import ReplayBuffer
@@ -43,7 +43,8 @@ class ReplayFiles:
     def save(self, folder: Path) -> None:
         """Writes what is new, and the index; see `ReplayBuffer.save`."""
         folder = folder.resolve()
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         for path in (folder / INDEX, *(() if folder in self._chunks else chunks_in(folder))):
             self._check_owned(path)
         if self._replay.transitions_added:
@@ -92,7 +93,8 @@ class ReplayFiles:
         listed = {chunk.file.name for chunk in index["chunks"]}
         for path in chunks_in(folder):
             if path.name not in listed and belongs_to(path, self.name):  # overwritten in the ring, or of a killed save
-                path.unlink()
+                with writing(path):
+                    path.unlink()
 
     def load_chunks(self, folder: Path, index: dict[str, Any], index_path: Path) -> None:
         """Fills an empty replay from an index that `save_chunks` gave, read from `index_path`; errors as `load`."""

@@ -6,6 +6,7 @@ replaced last, so that the checkpoint it names is whole at every moment.
 
 from __future__ import annotations
 
+import os
 import time
 import zlib
 from pathlib import Path
@@ -38,7 +39,7 @@ class Checkpoint:
 
     def begun(self) -> bool:
         """Whether a run has started in the folder, with a checkpoint or without one yet."""
-        return self.index.exists()
+        return os.path.lexists(self.index)
 
     def exists(self) -> bool:
         """Whether there is a checkpoint. Raises UserError, with a file's name, if that cannot be read."""
@@ -91,7 +92,8 @@ class Checkpoint:
         self._write({"version": VERSION, "args": args, "state": state, "replay": replay_index} | numbers, owner)
         replay.files.delete_unlisted(self.folder, replay_index)
         if self._state is not None:
-            (self.folder / self._state).unlink(missing_ok=True)
+            with writing(self.folder / self._state):
+                (self.folder / self._state).unlink(missing_ok=True)
         self._state, self._last = name, (time.monotonic(), numbers["progress"]["step"])
 
     def _write(self, content: dict[str, Any], owner: str) -> None:

@@ -84,11 +84,13 @@ def options(kind: Any) -> dict[str, Any]:
 
 def settings_of(agents: Iterable[type]) -> dict[str, tuple[Any, Any, str]]:
     """Type, default and help text of every setting of some agents, by name."""
-    found = {}
+    found: dict[str, tuple[Any, Any, str]] = {}
     for settings in (agent.settings_class for agent in agents):  # type: ignore[attr-defined]
         kinds = typing.get_type_hints(settings, include_extras=True)
         for field in fields(settings):
-            found[field.name] = (kinds[field.name], field.default, field.metadata.get("help", "of the agent"))
+            setting = (kinds[field.name], field.default, field.metadata.get("help", "of the agent"))
+            if found.setdefault(field.name, setting)[1] != field.default:
+                raise ValueError(f"agents have different defaults for {field.name}: its flag can have only one")
     return found
 
 
@@ -110,8 +112,14 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, exclusive
 
 
 def user_path(text: str) -> str:
-    """An argparse type: a path; `~` is expanded, as a shell does where it stands alone."""
+    """An argparse type: a path that the system accepts; `~` is expanded, as a shell does where it stands alone."""
     expanded = os.path.expanduser(text)  # noqa: PTH111  # which leaves `./log` as it is
     if expanded.startswith("~"):
         raise argparse.ArgumentTypeError(f"no such user: {text.partition('/')[0]} (a folder of that name is ./{text})")
+    try:
+        os.lstat(expanded)
+    except (FileNotFoundError, NotADirectoryError):  # that is for the program to say
+        pass
+    except OSError as error:  # its name is too long, or a folder above it may not be searched
+        raise argparse.ArgumentTypeError(f"{text[:100]} cannot be used: {error.strerror}") from error
     return expanded

@@ -103,7 +103,8 @@ class Pace:
         if left >= self.WORTH_SAYING:
             time_left = f"{left / 3600:.1f} hours" if left < 48 * 3600 else f"{left / 86400:.1f} days"
             times = f"an update takes {update:.3g} s, the rest of a decision {rest:.2g} s"
-            tqdm.write(f"note: {times}: {time_left} are left, evaluations not counted")
+            with tqdm.external_write_mode():  # above the bar
+                show(f"note: {times}: {time_left} are left, evaluations not counted")
 
 
 def describe(run: Any, renderer: tuple[str, bool] | None) -> Iterator[str]:

@@ -30,10 +30,11 @@ LIST = ".run_files"
 LOGS = ("args.json", "starts.log", "train.log", "eval.log")
 FOLDERS = ("tb", "video", "model", "buffer", "checkpoint")
 CHECKPOINT = "checkpoint/checkpoint.json"
-# What the names of a run's files look like.
+# What the names of a run's files look like. Those of an agent's further networks are not here: anybody's may look so.
 NAMES = re.compile(
-    rf"{'|'.join(map(re.escape, LOGS))}|tb/events\.out\.tfevents\..*|video/[0-9]+\.mp4|model/[a-z_]+_[0-9]+\.pt"
-    r"|(buffer|checkpoint)/[0-9]+_[0-9]+\.pt|buffer/replay\.json|checkpoint/state_.*\.pt"
+    rf"{'|'.join(map(re.escape, LOGS))}|tb/events\.out\.tfevents\..*|video/[0-9]+\.mp4"
+    r"|model/(actor|critic|decoder|target)_[0-9]+\.pt|(buffer|checkpoint)/[0-9]+_[0-9]+\.pt"
+    r"|buffer/replay\.json|checkpoint/state_.*\.pt"
 )
 SCRAPS = re.compile(r"(buffer|checkpoint)/\.([0-9]+_[0-9]+\.pt|state_.*\.pt|replay\.json|checkpoint\.json)\.tmp")
 REPLAY = re.compile(r"checkpoint/\.([0-9a-f]+)\.tmp")  # listed as the first file that a replay of this name writes
@@ -103,7 +104,8 @@ class WorkDir:
         old = self.written()
         self.checkpoint.begin(args, replay)  # from now on the folder holds a run that has no checkpoint yet
         for path in old:
-            path.unlink(missing_ok=True)
+            with writing(path):
+                path.unlink(missing_ok=True)
         for name in FOLDERS:
             with suppress(OSError):  # it is not empty, or a link
                 (self.path / name).rmdir()

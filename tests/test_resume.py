@@ -773,3 +773,30 @@ def test_a_list_that_a_full_disk_has_cut_goes_on(tmp_path):
     (tmp_path / "model" / "actor_5.pt").touch()
     work_dir.claim("model/actor_5.pt")
     assert work_dir.written() == [tmp_path / "model" / "actor_5.pt"]
+
+
+def test_models_of_other_names_are_not_the_runs(tmp_path):
+    """In a run without a list of files, only the authors' names count."""
+    authors_run(tmp_path / "log")
+    put(tmp_path / "log", "model/mine_5.pt", "model/best_actor_5.pt")
+    assert train.main([*RUN, "--num_train_steps", "20", "--overwrite", "--work_dir", str(tmp_path / "log")]) == 0
+    assert sorted(path.name for path in (tmp_path / "log" / "model").iterdir()) == ["best_actor_5.pt", "mine_5.pt"]
+
+
+@pytest.mark.parametrize(("owner", "name"), [(Path, "unlink"), (os, "truncate")])
+def test_a_file_that_cannot_be_changed_is_one_line(tmp_path, ended, monkeypatch, capsys, owner, name):
+    shutil.copytree(ended[0], tmp_path / "log")
+    with (tmp_path / "log" / "train.log").open("a") as file:
+        file.write("more")
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(owner, name, refuse)
+    flag = "--overwrite" if name == "unlink" else "--resume"
+    with pytest.raises(SystemExit) as exit_:
+        train.main([*RUN, "--num_train_steps", "95", flag, "--work_dir", str(tmp_path / "log")])
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert "Read-only file system: " in error
+    assert error.count("\n") == 1

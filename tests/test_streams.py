@@ -17,6 +17,7 @@ from test_train import METHODS, SMALL, read_log
 import train
 
 ROOT = Path(__file__).parent.parent
+LONG_NAME = 300 * "x"
 LONG = bool(os.environ.get("LONG_TESTS"))
 FAST = [*SMALL, *METHODS["sac_state"], "--action_repeat", "50"]  # episodes of 20 decisions
 
@@ -168,3 +169,25 @@ def test_a_disk_that_is_full_is_one_line(tmp_path, kilobytes):
     assert result.stderr.startswith("train.py: error: ")
     assert str(tmp_path / "log") in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("program", "flags"),
+    [
+        ("train", ["--work_dir", LONG_NAME]),
+        ("train", ["--resume", "--work_dir", LONG_NAME]),
+        ("evaluate", [LONG_NAME]),
+        ("evaluate", ["somewhere", "--video", LONG_NAME]),
+        ("plot", [LONG_NAME]),
+        ("plot", ["somewhere", "--out", LONG_NAME]),
+        ("sweep", ["--work_dir", LONG_NAME]),
+        ("bench", ["all", "--out", LONG_NAME]),
+    ],
+)
+def test_a_name_that_the_system_does_not_accept(program, flags, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        importlib.import_module(program).main(flags)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert "cannot be used: File name too long" in error
+    assert error.count("\n") == 1

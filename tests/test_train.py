@@ -788,3 +788,18 @@ def test_output_on_a_terminal_and_on_a_pipe(tmp_path):
     remove_times = [[re.sub(r"D: \S+ s", "", line) for line in lines] for lines in outputs]
     assert remove_times[0] == remove_times[1]
     assert len(outputs[0]) == 2
+
+
+def test_agents_share_the_defaults_of_their_settings(monkeypatch):
+    """A subclass with another default would change the other agents' flag."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class OtherSettings(settings.Settings):
+        discount: settings.Fraction = settings.setting(0.5, "discount per decision")
+
+    class Other(train.SacAeAgent):
+        settings_class = OtherSettings
+
+    monkeypatch.setitem(train.AGENTS, "other", Other)
+    with pytest.raises(ValueError, match="different defaults for discount"):
+        train.make_parser()
