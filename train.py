@@ -8,11 +8,11 @@ if __name__ == "__main__":
     start.program()
 
 import argparse
-import contextlib
 import functools
 import signal
 import sys
 import time
+from contextlib import ExitStack, closing
 from typing import Any, Literal
 
 import cloudpickle
@@ -218,35 +218,35 @@ def evaluate(run: Run) -> None:
     run.save_models()
 
 
-def open_run(args: argparse.Namespace, parser: OneLineParser, resources: contextlib.ExitStack) -> Run:
+def open_run(args: argparse.Namespace, parser: OneLineParser, resources: ExitStack) -> Run:
     """Makes everything that the loop works on. Nothing is written before all of it has been found to work.
 
-    Raises:
-        UserError, MachineError: what is asked for cannot be had; the message says what to do.
+    Raises UserError or MachineError if what is asked for cannot be had; the message says what to do.
     """
     set_seed_everywhere(args.seed)
-    with contextlib.closing(make_env(args, args.seed)) as spare:
+    make = functools.partial(make_env, args, args.seed)
+    with closing(make()) as spare:
         renderer = checks.try_out(spare, args, dmc2gym.renderer_of)
-    env = resources.enter_context(contextlib.closing(make_env(args, args.seed)))
+    env = resources.enter_context(closing(make()))
     agent = make_agent(args, env.observation_space.shape, env.action_space.shape)
     run = Run(args, env, agent, make_replay(args, env, agent.device))
     resources.enter_context(run.work_dir.lock())
-    make = functools.partial(make_env, args, args.seed)
     envs = SideBySide(make, min(args.num_eval_episodes, MAX_ENVS), args.eval_workers)
-    run.eval_envs = resources.enter_context(contextlib.closing(envs))
+    run.eval_envs = resources.enter_context(closing(envs))
     lines = run.open(parser, functools.partial(Logger, run.work_dir.path, args.save_tb))
-    resources.enter_context(contextlib.closing(run.logger))
+    resources.enter_context(closing(run.logger))
     # TensorBoard shows videos, too; but a run on states needs no renderer for that.
     recorded = args.save_video or (args.save_tb and args.encoder_type == "pixel")
     run.video = VideoRecorder(run.work_dir.path / "video" if recorded else None)
     resources.enter_context(run.stop.listen())
-    for line in (*lines, *(() if run.ended() else report.describe(run, renderer))):
-        report.show(line)
+    run.lines = [*lines, *(() if run.ended() else report.describe(run, renderer))]
     return run
 
 
 def carry_out(run: Run, prog: str) -> int:
     """Trains; a signal stops it with a checkpoint. Returns the exit status."""
+    for line in run.lines:
+        report.show(line)
     if run.ended():
         return 0
     try:
@@ -267,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     parser.parse_args(argv)  # whatever is wrong with a flag alone is said first
     complain = functools.partial(report.complain, parser.prog)
-    with report.one_line(complain), contextlib.ExitStack() as resources:
+    with report.one_line(complain), ExitStack() as resources:
         with report.one_line(parser.error):
             args = checks.parse(parser, argv)
             checks.check(args, parser)

@@ -61,11 +61,11 @@ class Prefetched:
         replay = self._replay
         for slots, staging in zip(replay.slots(transitions), self._staging, strict=True):
             torch.index_select(replay.frames, 0, slots, out=staging)
-        obs, next_obs = self._staging
+        fields, (obs, next_obs) = replay.fields(transitions), self._staging
         if self._stream is None:
-            return replay.to_batch(obs.clone(), next_obs.clone(), transitions)
+            return replay.to_batch(obs.clone(), next_obs.clone(), fields)
         with torch.cuda.stream(self._stream):
-            batch = replay.to_batch(obs, next_obs, transitions)
+            batch = replay.to_batch(obs, next_obs, fields)
             copied = torch.cuda.Event()
             copied.record()
         copied.synchronize()  # this thread waits, so that the staging buffers may be written again

@@ -42,11 +42,12 @@ class Progress:
 
 
 class Run:
-    """What the training loop works on. The program sets `video` and `eval_envs`."""
+    """What the training loop works on. The program sets `video`, `eval_envs` and `lines`, which it prints first."""
 
     logger: Any
     video: Any
     eval_envs: Any
+    lines: list[str]
     obs: np.ndarray
 
     def __init__(self, args: argparse.Namespace, env: Any, agent: Agent, replay: Any):

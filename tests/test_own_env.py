@@ -272,6 +272,7 @@ def test_saved_models_play(tmp_path, capsys, uninterrupted, kind):
     """In one process and in two: the same returns, the same video."""
     folder = uninterrupted(*(STATES if kind == "states" else ()))
     before, printed = contents(folder), []
+    capsys.readouterr()  # what the run printed, if it is this test that needs it first
     for workers in ("1", "2"):
         flags = ["--episodes", "3", "--device", "cpu", "--eval_workers", workers]
         assert evaluate.main([str(folder), *flags, "--video", str(tmp_path / f"{workers}.mp4")]) == 0

@@ -765,9 +765,12 @@ def test_a_gpu_without_room(tmp_path, monkeypatch, capsys):
     assert error.count("\n") == 1
 
 
-def test_closed_pipe(tmp_path):
-    process = start(tmp_path)
-    process.stdout.readline()
+@pytest.mark.parametrize("lines", [0, 1, 12])
+def test_closed_pipe(tmp_path, lines):
+    """A reader that leaves, as `head` does, is no mistake in the flags, not even before the first line."""
+    process = start(tmp_path, "--num_train_steps", "100000")
+    for _ in range(lines):
+        process.stdout.readline()
     process.stdout.close()
     assert process.wait(timeout=60) == 1
     assert process.stderr.read() == "train.py: error: [Errno 32] Broken pipe\n"
