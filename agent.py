@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
+from devices import send
 from errors import UserError
 from files import write_tensors, writing
 from model_files import check_alike, read_state
@@ -67,11 +68,11 @@ class Agent:
 
     def select_actions(self, obs: np.ndarray) -> np.ndarray:
         """Mean actions (N, A) for observations (N, ...)."""
-        return self.actions(torch.from_numpy(obs), False).cpu().numpy()
+        return self.actions(send(torch.from_numpy(obs), self.device), False).cpu().numpy()
 
     def sample_action(self, obs: np.ndarray) -> np.ndarray:
         """An action (A,) drawn from the policy for one observation: training."""
-        return self.actions(torch.from_numpy(obs[None]), True)[0].cpu().numpy()
+        return self.actions(send(torch.from_numpy(obs[None]), self.device), True)[0].cpu().numpy()
 
     def update(self, replay_buffer: Any, L: Any, step: int) -> Metrics:  # noqa: N803
         """One update of everything that is due at decision `step`, on one batch.
@@ -95,8 +96,11 @@ class Agent:
 
     def floating(self, tensor: Tensor) -> Tensor:
         """A tensor on the agent's device, in the type and the layout in memory that its networks compute with."""
-        layout = torch.channels_last if tensor.dim() == 4 and self.device.type == "cpu" else torch.preserve_format
-        return tensor.to(self.device, next(self.critic.parameters()).dtype, memory_format=layout)
+        pixels, weight = tensor.dim() == 4, next(self.critic.parameters())
+        layout = torch.channels_last if pixels and self.device.type == "cpu" else torch.preserve_format
+        # bfloat16 holds pixels exactly: whole numbers up to 256.
+        dtype = torch.bfloat16 if pixels and self.settings.precision == "bf16" else weight.dtype
+        return send(tensor, self.device).to(dtype, memory_format=layout)
 
     def minimise(self, loss: Tensor, *optimizers: Optimizer, inputs: list[Tensor] | None = None) -> Tensor:
         """Steps each optimiser. Gradients go to `inputs`; None: to all tensors. Returns the loss, detached."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from errors import UserError
+from precision import layers_dtype
 
 
 def conv_output_shape(height: int, width: int, num_layers: int) -> tuple[int, int]:
@@ -68,7 +69,7 @@ class PixelEncoder(nn.Module):
         # Pixels are scaled to [0, 1] by scaling the first kernels: the same product, without a pass over the images.
         first = self.convs[0]
         scaled = {"weight": first.get_parameter("weight") / 255.0, "bias": first.get_parameter("bias")}
-        hidden = torch.relu(functional_call(first, scaled, obs.to(self.fc.weight.dtype)))
+        hidden = torch.relu(functional_call(first, scaled, obs.to(layers_dtype(self.fc.weight))))
         for conv in self.convs[1:]:
             hidden = torch.relu(conv(hidden))
         return hidden.flatten(1)

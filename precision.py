@@ -22,6 +22,12 @@ def layers_in(precision: Precision | None, device: torch.device) -> AbstractCont
     return _tf32(precision == "tf32")
 
 
+def layers_dtype(weight: Tensor) -> torch.dtype:
+    """The type of the inputs with which a layer of this weight computes now."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
 @contextmanager
 def _tf32(allowed: bool) -> Iterator[None]:
     """Sets whether products and convolutions on a GPU use TF32, and restores PyTorch's switches on exit.

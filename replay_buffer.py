@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import replay_files
+from devices import pinned, send
 from randomness import generator
 
 Shape = tuple[int, ...]
@@ -130,8 +131,9 @@ class ReplayBuffer:
         ids = np.empty(len(frames), np.int64)
         for index, frame in enumerate(frames):
             if index == 0 or not _equal(frame, frames[index - 1]):
-                # On a GPU the copy is queued behind the update that may be running; the source has been read by then.
-                self.frames[self.frames_added % len(self.frames)].copy_(torch.from_numpy(frame), non_blocking=True)
+                # On a GPU the copy is queued behind the update that may be running.
+                slot = self.frames[self.frames_added % len(self.frames)]
+                slot.copy_(pinned(torch.from_numpy(frame), slot.device), non_blocking=True)
                 self.frames_added += 1
             ids[index] = self.frames_added - 1
         return ids
@@ -160,30 +162,27 @@ class ReplayBuffer:
 
     def gather(self, transitions: np.ndarray) -> Batch:
         """The transitions of these numbers, as `sample` returns them."""
-        # Small tensors before large ones: else the allocator gives the large ones' memory back to the system at each
-        # batch, and gathering takes three times as long (https://sourceware.org/glibc/wiki/MallocInternals).
-        fields = self.fields(transitions)
-        places = [slots.to(self.frames.device, non_blocking=True) for slots in self.slots(transitions)]
+        places = send(self.slots(transitions), self.frames.device)
         # index_select copies frame by frame; indexing by brackets goes byte by byte, seven times slower on a CPU.
-        obs, next_obs = (self.frames.index_select(0, slots) for slots in places)
-        return self.to_batch(obs, next_obs, fields)
+        obs, next_obs = (self.frames.index_select(0, place) for place in places)
+        return self.to_batch(obs, next_obs, self.fields(transitions))
 
-    def slots(self, transitions: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Places in the ring of the frames (B * k,) of obs and of next_obs, on the CPU."""
+    def slots(self, transitions: np.ndarray) -> Tensor:
+        """Places in the ring of the frames of obs and of next_obs, (2, B * k), on the CPU."""
         slots = torch.from_numpy(self.frame_ids[transitions % self.capacity] % len(self.frames))
-        return slots[:, : self.num_stacked].flatten(), slots[:, self.num_stacked :].flatten()
+        return torch.stack([half.flatten() for half in slots.chunk(2, dim=1)])
 
-    def fields(self, transitions: np.ndarray) -> list[Tensor]:
-        """action (B, A), reward (B, 1) and not_done (B, 1), on the CPU."""
-        rows = transitions % self.capacity
-        return [torch.from_numpy(values[rows]) for values in (self.actions, self.rewards, self.not_dones)]
+    def fields(self, transitions: np.ndarray) -> Tensor:
+        """All of action, then reward, then not_done, in one row (B * (A + 2),), on the CPU: one tensor to send."""
+        rows, values = transitions % self.capacity, (self.actions, self.rewards, self.not_dones)
+        return torch.from_numpy(np.concatenate([value[rows].ravel() for value in values]))
 
-    def to_batch(self, obs_frames: Tensor, next_obs_frames: Tensor, fields: list[Tensor]) -> Batch:
+    def to_batch(self, obs_frames: Tensor, next_obs_frames: Tensor, fields: Tensor) -> Batch:
         """A batch on the samples' device from the frames (B * k, ...) of its stacks, and its `fields`."""
-        obs, next_obs = (frames.view(-1, *self.obs_shape) for frames in (obs_frames, next_obs_frames))
-        action, reward, not_done = fields
-        batch = (obs, action, reward, next_obs, not_done)
-        return tuple(field.to(self.device, non_blocking=True) for field in batch)
+        obs, next_obs, fields = (send(tensor, self.device) for tensor in (obs_frames, next_obs_frames, fields))
+        obs, next_obs = (frames.view(-1, *self.obs_shape) for frames in (obs, next_obs))
+        action, reward, not_done = (part.view(len(obs), -1) for part in fields.tensor_split([-2 * len(obs), -len(obs)]))
+        return obs, action, reward, next_obs, not_done
 
     def save(self, save_dir: str | Path) -> None:
         """Writes what was added since the last `save`: chunks `START_END.pt`, and `replay.json`, which lists them.

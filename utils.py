@@ -83,6 +83,6 @@ def preprocess_obs(obs: Tensor, bits: int = 5) -> Tensor:
     """
     if not obs.is_floating_point():
         raise TypeError(f"preprocess_obs takes floating pixels, got {obs.dtype}")
-    bins = 2**bits
-    quantised = (obs / 2 ** (8 - bits)).floor_().div_(bins)  # in place: these are the largest tensors of an update
-    return torch.rand_like(obs).div_(bins).add_(quantised).sub_(0.5)
+    quantised = (obs / 2 ** (8 - bits)).floor_()  # in place: these are the largest tensors of an update
+    noise = torch.rand_like(obs, dtype=torch.promote_types(obs.dtype, torch.float32))
+    return noise.add_(quantised).div_(2**bits).sub_(0.5)
