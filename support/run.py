@@ -71,7 +71,6 @@ class Run:
             lines, logger_state = work_dir.begin(vars(args), files.name, args.resume), None
         before = set(path.glob("tb/*"))
         self.logger = make_logger(state=logger_state)  # checks its files before anything is changed
-        work_dir.adopt(files.name)
         work_dir.note(*(f"tb/{events.name}" for events in set(path.glob("tb/*")) - before))
         write_json(path / "args.json", dict(sorted(vars(args).items())), files.name)
         start = report.provenance(self.agent.device) | {"step": self.progress.step}
