@@ -7,7 +7,6 @@ replaced last, so that the checkpoint it names is whole at every moment.
 from __future__ import annotations
 
 import os
-import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ class Checkpoint:
         self.folder = folder
         self.index = folder / "checkpoint.json"
         self._state: str | None = None  # the file of tensors that the index names
-        self._last = (time.monotonic(), 0)  # when the last one was written, and the decisions it holds
 
     def begin(self, args: dict[str, Any], owner: str) -> None:
         """Starts a new run with these flags, atomically. Files bear the name of its replay, `owner`."""
@@ -64,12 +62,6 @@ class Checkpoint:
             )
         return content
 
-    def due(self, step: int, minutes: float, freq: int | None) -> bool:
-        """Whether the last one is so many minutes, or `freq` decisions, old."""
-        last_time, last_step = self._last
-        old = time.monotonic() - last_time >= 60 * minutes
-        return step > last_step and (old or (freq is not None and step - last_step >= freq))
-
     def write(
         self, args: dict[str, Any], numbers: dict[str, Any], tensors: dict[str, Any], replay: ReplayBuffer
     ) -> None:
@@ -77,7 +69,7 @@ class Checkpoint:
 
         Args:
             args: the flags of the run.
-            numbers: `progress`, with its `step`, and whatever else JSON can hold; arrays become lists.
+            numbers: `progress`, and whatever else JSON can hold; arrays become lists.
             tensors: in dictionaries and lists.
 
         Raises:
@@ -94,7 +86,7 @@ class Checkpoint:
         if self._state is not None:
             with writing(self.folder / self._state):
                 (self.folder / self._state).unlink(missing_ok=True)
-        self._state, self._last = name, (time.monotonic(), numbers["progress"]["step"])
+        self._state = name
 
     def _write(self, content: dict[str, Any], owner: str) -> None:
         write_json(self.index, {"crc32": zlib.crc32(to_json(content).encode()), "content": content}, owner)
@@ -111,5 +103,5 @@ class Checkpoint:
         """
         content, tensors = self.read(), self.tensors(device)
         replay.files.load_chunks(self.folder, content["replay"], self.index)
-        self._state, self._last = content["state"][0], (time.monotonic(), content["progress"]["step"])
+        self._state = content["state"][0]
         return content, tensors
