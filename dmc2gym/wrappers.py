@@ -96,9 +96,8 @@ class DMCWrapper(gym.Env):
         state_space: the space of states, also if pixels are observed.
         current_state: the last state, (D,) float64; None before the first reset.
 
-    Raises:
-        ValueError: there is no such task, or `frame_skip` is less than 1.
-        RendererError: the user chose a renderer that does not load.
+    Raises ValueError if there is no such task, or if `frame_skip` is less than 1; RendererError if the user chose a
+    renderer that does not load.
     """
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012  # gym annotates it as an instance's
@@ -164,12 +163,8 @@ class DMCWrapper(gym.Env):
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         """Starts an episode. A seed alone determines it; only LQR's springs come from the seed of `make`.
 
-        Returns:
-            Observation and info, as from `step`.
-
-        Raises:
-            dm_control.rl.control.PhysicsError: the simulation diverged at once, ten times.
-            RendererError: pixels are observed and nothing can render.
+        Returns observation and info, as `step` does. Raises dm_control's PhysicsError if the simulation diverged at
+        once, ten times, and RendererError if pixels are observed and nothing can render.
         """
         from dm_control.rl.control import PhysicsError
 
@@ -192,19 +187,15 @@ class DMCWrapper(gym.Env):
         return self._last
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Repeats an action for `frame_skip` environment steps, or until the episode ends.
-
-        Args:
-            action: (A,) in [-1, 1].
+        """Repeats an action (A,), in [-1, 1], for `frame_skip` environment steps, or until the episode ends.
 
         Returns:
             The last observation, the sum of rewards, whether the task ended (its discount is 0), whether its time ran
             out, and info: `internal_state` (the simulator's, float64) and `discount`. If the simulation diverges, the
             episode ends with reward 0, discount 0, the previous observation, and the reason in info as `physics_error`.
 
-        Raises:
-            ValueError: the action has another shape, is out of range or is not finite.
-            RendererError: pixels are observed and nothing can render.
+        Raises ValueError if the action has another shape, is out of range or is not finite; RendererError if pixels are
+        observed and nothing can render.
         """
         from dm_control.rl.control import PhysicsError
 

@@ -46,8 +46,7 @@ class Checkpoint:
     def read(self) -> dict[str, Any]:
         """`args`, `progress` and more; `progress` is None if there is no checkpoint yet.
 
-        Raises:
-            UserError: the file is missing, damaged, or of another version; the message names it.
+        Raises UserError if the file is missing, damaged, or of another version; the message names it.
         """
         index = read_json(self.index)
         if not isinstance(index, dict) or set(index) != {"crc32", "content"}:
@@ -72,8 +71,7 @@ class Checkpoint:
             numbers: `progress`, and whatever else JSON can hold; arrays become lists.
             tensors: in dictionaries and lists.
 
-        Raises:
-            MachineError: it cannot be written; the checkpoint before it is still there.
+        Raises MachineError if it cannot be written; the checkpoint before it is still there.
         """
         replay_index = replay.files.save_chunks(self.folder)
         # Two names in turn: the next write replaces what a killed one left.
@@ -98,8 +96,7 @@ class Checkpoint:
     def load(self, replay: ReplayBuffer, device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:
         """What `read` gives, and the checkpoint's tensors. Fills the replay, which must be empty.
 
-        Raises:
-            UserError: a file is missing, damaged or foreign, or the replay too small; the message names it.
+        Raises UserError if a file, which is named, is missing, damaged or foreign, or if the replay is too small.
         """
         content, tensors = self.read(), self.tensors(device)
         replay.files.load_chunks(self.folder, content["replay"], self.index)

@@ -60,11 +60,8 @@ class Run:
     def open(self, parser: OneLineParser, make_logger: Callable[..., Any]) -> list[str]:
         """Starts the run in its folder, or takes up the checkpoint that is there; lines to print.
 
-        `make_logger` takes the `state` of the logger before; None if there was none.
-
-        Raises:
-            UserError: the checkpoint cannot be used; nothing has been changed.
-            MachineError: the folder cannot be written.
+        `make_logger` takes the `state` of the logger before; None if there was none. Raises UserError if the checkpoint
+        cannot be used; nothing has been changed then. Raises MachineError if the folder cannot be written.
         """
         args, work_dir, path, files = self.args, self.work_dir, self.work_dir.path, self.replay.files
         if args.resume and work_dir.checkpoint.exists():
