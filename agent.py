@@ -15,8 +15,7 @@ from torch.optim import Adam, Optimizer
 
 from devices import send
 from errors import UserError
-from files import write_tensors, writing
-from model_files import check_alike, read_state
+from files import check_alike, read_state, write_tensors, writing
 from precision import layers_in
 from settings import Settings
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and that show if they are not what was written."""
+"""Files that appear whole or not at all, and that show if they are not what was written or what is expected."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import io
 import json
 import os
 import uuid
+import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from errors import MachineError, UserError
 
@@ -36,15 +38,17 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turns any failure to read a file into a UserError that names it."""
+def reading(path: Path, refusal: str = "is damaged or does not belong here: {}") -> Iterator[None]:
+    """Turns any failure to read a file into a UserError that names it; `refusal` has a place for the reason."""
     try:
         yield
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:  # torch.load raises almost anything on a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is damaged or does not belong here: {reason}") from error
+        raise UserError(f"{path} {refusal.format(reason)}") from error
 
 
 def write_atomically(path: Path, content: bytes | memoryview, owner: str | None = None) -> None:
@@ -70,15 +74,14 @@ def write_atomically(path: Path, content: bytes | memoryview, owner: str | None 
 
 def sync_folder(folder: Path) -> None:
     """Brings a folder's list of files to the disk, where the system can."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot
-                raise
-        finally:
-            os.close(descriptor)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write_tensors(path: Path, content: Any, owner: str | None = None) -> Written:
@@ -103,6 +106,34 @@ def read_tensors(folder: Path, written: Written, device: torch.device | str = "c
         if zlib.crc32(content) != written.crc32:
             raise ValueError("its content has changed")
         return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+
+
+def read_state(path: Path, like: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Reads a saved network: tensors with the names and shapes of `like`. Raises UserError, with the file's name."""
+    with (
+        reading(path, "is damaged, or holds something else than a network's weights"),
+        warnings.catch_warnings(action="ignore"),  # about files that are refused anyway
+    ):
+        state = torch.load(path, map_location=device, weights_only=True)
+    with reading(path, "is not of this network: {}"):
+        check_alike(state, like)
+    return state
+
+
+def check_alike(state: Any, like: Any, name: str = "it") -> None:
+    """Raises ValueError unless both are tensors of one shape, or dictionaries of such under the same names."""
+    if isinstance(like, Mapping):
+        if not isinstance(state, Mapping):
+            raise ValueError(f"{name} is no dictionary of weights")
+        if different := sorted(map(str, state.keys() ^ like.keys())):
+            key = different[0]
+            raise ValueError(f"{name} lacks {key}" if key in like else f"{name} has {key:.100}, unlike the network")
+        for key in like:
+            check_alike(state[key], like[key], key)
+    elif not isinstance(state, Tensor) or not state.is_floating_point() or state.layout != torch.strided:
+        raise ValueError(f"{name} is no tensor of floating numbers")
+    elif state.shape != like.shape:
+        raise ValueError(f"{name} has shape {tuple(state.shape)}, the network's has {tuple(like.shape)}")
 
 
 def read_json(path: Path) -> Any:

@@ -29,8 +29,7 @@ from support import checks, report
 from support.cuda_graph import Graphs
 from support.evaluation import MAX_ENVS, SideBySide, play
 from support.flags import OneLineParser, number, settings_of, user_path
-from support.machine import cores
-from support.memory import make_replay
+from support.machine import cores, make_replay
 from support.run import Progress, Run
 from support.signals import Stopped
 from utils import FrameStack, set_seed_everywhere

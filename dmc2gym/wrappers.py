@@ -10,8 +10,7 @@ import math
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import gym
@@ -69,14 +68,9 @@ def _worth_reading(record: logging.LogRecord) -> bool:
     return not any(text in record.getMessage() for text in ("settotalmass", "The simulation is unstable"))
 
 
-@contextmanager
-def _replaced(owner: Any, method: str, replacement: Callable[..., Any]) -> Iterator[None]:
-    """Replaces a method of one object within a `with` block."""
-    setattr(owner, method, replacement)  # hides the method of the class
-    try:
-        yield
-    finally:
-        delattr(owner, method)
+def _no_observation(_physics: Any) -> dict[str, np.ndarray]:
+    """In place of a task's `get_observation`, which its environment calls at each step."""
+    return {"nothing": np.zeros(0)}
 
 
 class DMCWrapper(gym.Env):
@@ -102,9 +96,8 @@ class DMCWrapper(gym.Env):
         state_space: the space of states, also if pixels are observed.
         current_state: the last state, (D,) float64; None before the first reset.
 
-    Raises:
-        ValueError: there is no such task, or `frame_skip` is less than 1.
-        RendererError: the user chose a renderer that does not load.
+    Raises ValueError if there is no such task, or if `frame_skip` is less than 1; RendererError if the user chose a
+    renderer that does not load.
     """
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012  # gym annotates it as an instance's
@@ -146,6 +139,7 @@ class DMCWrapper(gym.Env):
         self._action_high = np.where(unlimited, 1.0, limits.maximum)
         self.action_space = gym.spaces.Box(-1.0, 1.0, limits.shape, np.float32, seed=seed)
         size = sum(math.prod(spec.shape) for spec in self._env.observation_spec().values())
+        self._env.task.get_observation = _no_observation  # `_observe` computes it, once a decision
         self.state_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float64)
         shape = (3, height, width) if channels_first else (height, width, 3)
         self.observation_space = gym.spaces.Box(0, 255, shape, np.uint8) if from_pixels else self.state_space
@@ -169,12 +163,8 @@ class DMCWrapper(gym.Env):
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         """Starts an episode. A seed alone determines it; only LQR's springs come from the seed of `make`.
 
-        Returns:
-            Observation and info, as from `step`.
-
-        Raises:
-            dm_control.rl.control.PhysicsError: the simulation diverged at once, ten times.
-            RendererError: pixels are observed and nothing can render.
+        Returns observation and info, as `step` does. Raises dm_control's PhysicsError if the simulation diverged at
+        once, ten times, and RendererError if pixels are observed and nothing can render.
         """
         from dm_control.rl.control import PhysicsError
 
@@ -182,7 +172,8 @@ class DMCWrapper(gym.Env):
         if seed is not None:
             self._env.task.random.seed(seed)
         # Quadruped escape asks for a renderer, to tell it the new terrain. One that starts later sees it anyway.
-        with _replaced(self.physics, "_make_rendering_contexts", lambda: None):
+        self.physics._make_rendering_contexts = lambda: None  # hides the class's method
+        try:
             for attempts_left in reversed(range(10)):
                 try:
                     time_step = self._env.reset()
@@ -190,23 +181,21 @@ class DMCWrapper(gym.Env):
                 except PhysicsError:
                     if not attempts_left:
                         raise
+        finally:
+            del self.physics._make_rendering_contexts
         self._last = self._observe(time_step)
         return self._last
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Repeats an action for `frame_skip` environment steps, or until the episode ends.
-
-        Args:
-            action: (A,) in [-1, 1].
+        """Repeats an action (A,), in [-1, 1], for `frame_skip` environment steps, or until the episode ends.
 
         Returns:
             The last observation, the sum of rewards, whether the task ended (its discount is 0), whether its time ran
             out, and info: `internal_state` (the simulator's, float64) and `discount`. If the simulation diverges, the
             episode ends with reward 0, discount 0, the previous observation, and the reason in info as `physics_error`.
 
-        Raises:
-            ValueError: the action has another shape, is out of range or is not finite.
-            RendererError: pixels are observed and nothing can render.
+        Raises ValueError if the action has another shape, is out of range or is not finite; RendererError if pixels are
+        observed and nothing can render.
         """
         from dm_control.rl.control import PhysicsError
 
@@ -216,13 +205,11 @@ class DMCWrapper(gym.Env):
         scaled = self._action_low + (action + 1) / 2 * (self._action_high - self._action_low)
         reward = 0.0
         try:
-            # The observation is computed once, after the last step.
-            with _replaced(self._env.task, "get_observation", lambda _physics: {"nothing": np.zeros(0)}):
-                for _ in range(self.frame_skip):
-                    time_step = self._env.step(scaled)
-                    reward += time_step.reward or 0.0
-                    if time_step.last():
-                        break
+            for _ in range(self.frame_skip):
+                time_step = self._env.step(scaled)
+                reward += time_step.reward or 0.0
+                if time_step.last():
+                    break
             self._last = obs, info = self._observe(time_step)
         except PhysicsError as error:  # as in dm_control's composer.Environment, but with a finite observation
             obs, info = self._last
@@ -231,7 +218,8 @@ class DMCWrapper(gym.Env):
         return obs, reward, ended, bool(time_step.last() and not ended), info
 
     def _observe(self, time_step: Any) -> tuple[np.ndarray, dict[str, Any]]:
-        values = self._env.task.get_observation(self.physics).values()
+        task = self._env.task
+        values = type(task).get_observation(task, self.physics).values()
         self.current_state = np.concatenate([np.ravel(value) for value in values]).astype(np.float64)
         discount = 1.0 if time_step.discount is None else time_step.discount
         info = {"internal_state": self.physics.get_state().copy(), "discount": discount}

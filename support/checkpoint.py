@@ -7,7 +7,6 @@ replaced last, so that the checkpoint it names is whole at every moment.
 from __future__ import annotations
 
 import os
-import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ class Checkpoint:
         self.folder = folder
         self.index = folder / "checkpoint.json"
         self._state: str | None = None  # the file of tensors that the index names
-        self._last = (time.monotonic(), 0)  # when the last one was written, and the decisions it holds
 
     def begin(self, args: dict[str, Any], owner: str) -> None:
         """Starts a new run with these flags, atomically. Files bear the name of its replay, `owner`."""
@@ -48,8 +46,7 @@ class Checkpoint:
     def read(self) -> dict[str, Any]:
         """`args`, `progress` and more; `progress` is None if there is no checkpoint yet.
 
-        Raises:
-            UserError: the file is missing, damaged, or of another version; the message names it.
+        Raises UserError if the file is missing, damaged, or of another version; the message names it.
         """
         index = read_json(self.index)
         if not isinstance(index, dict) or set(index) != {"crc32", "content"}:
@@ -64,12 +61,6 @@ class Checkpoint:
             )
         return content
 
-    def due(self, step: int, minutes: float, freq: int | None) -> bool:
-        """Whether the last one is so many minutes, or `freq` decisions, old."""
-        last_time, last_step = self._last
-        old = time.monotonic() - last_time >= 60 * minutes
-        return step > last_step and (old or (freq is not None and step - last_step >= freq))
-
     def write(
         self, args: dict[str, Any], numbers: dict[str, Any], tensors: dict[str, Any], replay: ReplayBuffer
     ) -> None:
@@ -77,11 +68,10 @@ class Checkpoint:
 
         Args:
             args: the flags of the run.
-            numbers: `progress`, with its `step`, and whatever else JSON can hold; arrays become lists.
+            numbers: `progress`, and whatever else JSON can hold; arrays become lists.
             tensors: in dictionaries and lists.
 
-        Raises:
-            MachineError: it cannot be written; the checkpoint before it is still there.
+        Raises MachineError if it cannot be written; the checkpoint before it is still there.
         """
         replay_index = replay.files.save_chunks(self.folder)
         # Two names in turn: the next write replaces what a killed one left.
@@ -94,7 +84,7 @@ class Checkpoint:
         if self._state is not None:
             with writing(self.folder / self._state):
                 (self.folder / self._state).unlink(missing_ok=True)
-        self._state, self._last = name, (time.monotonic(), numbers["progress"]["step"])
+        self._state = name
 
     def _write(self, content: dict[str, Any], owner: str) -> None:
         write_json(self.index, {"crc32": zlib.crc32(to_json(content).encode()), "content": content}, owner)
@@ -106,10 +96,9 @@ class Checkpoint:
     def load(self, replay: ReplayBuffer, device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:
         """What `read` gives, and the checkpoint's tensors. Fills the replay, which must be empty.
 
-        Raises:
-            UserError: a file is missing, damaged or foreign, or the replay too small; the message names it.
+        Raises UserError if a file, which is named, is missing, damaged or foreign, or if the replay is too small.
         """
         content, tensors = self.read(), self.tensors(device)
         replay.files.load_chunks(self.folder, content["replay"], self.index)
-        self._state, self._last = content["state"][0], (time.monotonic(), content["progress"]["step"])
+        self._state = content["state"][0]
         return content, tensors

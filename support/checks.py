@@ -21,8 +21,7 @@ from support.work_dir import WorkDir
 def parse(parser: OneLineParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags in force: a run that is resumed keeps those that are not given, but for the machine's.
 
-    Raises:
-        UserError: there is a checkpoint to resume, but it cannot be read, or it is of a run with other fixed flags.
+    Raises UserError if there is a checkpoint to resume, but it cannot be read.
     """
     args = parser.parse_args(argv)
     checkpoint = WorkDir(Path(args.work_dir)).checkpoint

@@ -16,6 +16,8 @@ import types
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from typing import Any, ClassVar, NamedTuple
 
 import cloudpickle
@@ -24,7 +26,6 @@ import numpy as np
 from errors import MachineError, UserError
 from support.signals import held_signals
 
-Answers = tuple[Exception | None, list[Any]]  # an error, or a value of each environment
 # Each environment takes memory (84 MB from pixels, drawn in software) and a renderer's context, of which drivers allow
 # few. More episodes are played in waves.
 MAX_ENVS = 10
@@ -42,12 +43,13 @@ class _Group:
         self._answers: list[Any] = []
 
     def start(self, method: str, arguments: Sequence[Any]) -> None:
-        """Calls a method of this class with each environment and its argument; not where that is None."""
-        pairs, call = zip(self._envs, arguments, strict=True), getattr(self, method)
+        """Calls a method of this class for each argument, with an environment of its own; not where that is None."""
+        pairs, call = zip(self._envs, arguments, strict=False), getattr(self, method)
         self._answers = [None if argument is None else call(env, argument) for env, argument in pairs]
 
-    def finish(self) -> Answers:
-        return None, self._answers
+    def finish(self) -> list[Any] | Exception:
+        """The values of the last calls, or the error of another process."""
+        return self._answers
 
     def reset(self, env: Any, seed: int) -> np.ndarray:
         return env.reset(seed=seed)[0]
@@ -78,41 +80,38 @@ class _Pickler(cloudpickle.Pickler):
 class _RemoteGroup:
     """The same in another process, which ends with this one, however this one ends.
 
-    They talk through the process's standard input and output. Unlike multiprocessing's processes, it does not import
-    the program that started it, and so not PyTorch: less than half of the memory.
+    Unlike multiprocessing's processes, it does not import the program that started it, and so not PyTorch: less than
+    half of the memory.
     """
 
     def __init__(self, make_env: Callable[[], Any], count: int):
         content = io.BytesIO()
         _Pickler(content).dump((make_env, count))
-        command = [sys.executable, "-m", "support.evaluation"]
+        self._connection, there = Pipe()
+        command = [sys.executable, "-m", "support.evaluation", str(there.fileno())]
         environ = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.curdir for path in sys.path)}
-        with held_signals():
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ)
-        self._requests: Any = self._process.stdin
-        self._answers: Any = self._process.stdout
+        descriptors: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": 2, "pass_fds": [there.fileno()]}
+        with held_signals(), there:
+            self._process = subprocess.Popen(command, env=environ, **descriptors)
         self._send(content.getvalue())
 
     def _send(self, message: bytes) -> None:
         try:
-            self._requests.write(message)
-            self._requests.flush()
+            self._connection.send_bytes(message)
         except OSError:
             raise MachineError("a process that plays evaluation episodes has died") from None
 
     def start(self, method: str, arguments: Sequence[Any]) -> None:
         self._send(pickle.dumps((method, arguments)))
 
-    def finish(self) -> Answers:
+    def finish(self) -> list[Any] | Exception:
         try:
-            return pickle.load(self._answers)
-        except (EOFError, OSError, pickle.UnpicklingError):
-            return MachineError("a process that plays evaluation episodes has died"), []
+            return self._connection.recv()
+        except (EOFError, OSError):
+            return MachineError("a process that plays evaluation episodes has died")
 
     def close(self) -> None:
-        for pipe in (self._requests, self._answers):
-            with suppress(OSError):
-                pipe.close()  # at which the process ends
+        self._connection.close()  # at which the process ends
         try:
             self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
@@ -120,30 +119,24 @@ class _RemoteGroup:
             self._process.wait()
 
 
-def serve() -> None:
-    """Answers a `_RemoteGroup` until that closes this process's input. The first answer tells of the environments."""
-    group = None
-    requests = open(sys.stdin.fileno(), "rb", closefd=False)  # noqa: SIM115  # as long as the process lives
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever else is printed must not come between
-    with suppress(BrokenPipeError), answers:
-        while requests.peek(1):  # else the other process has closed the pipe, or is gone
+def serve(descriptor: int) -> None:
+    """Answers a `_RemoteGroup` until that closes its connection. The first message makes the environments."""
+    group, answer = None, None
+    with Connection(descriptor) as connection, suppress(EOFError, ConnectionError):
+        while True:
+            message = connection.recv_bytes()
             try:
-                message = pickle.load(requests)
                 if group is None:
-                    group = _Group(*message)
+                    group = _Group(*pickle.loads(message))
                 else:
-                    group.start(*message)
-                reply = group.finish()
+                    group.start(*pickle.loads(message))
+                answer = group.finish()
             except (UserError, MachineError) as known:
-                reply = type(known)(str(known)), []
+                answer = type(known)(str(known))
             except Exception:
-                text = f"in a process that plays evaluation episodes:\n{traceback.format_exc()}".rstrip()
-                reply = EpisodeError(text), []
-            pickle.dump(reply, answers)
-            answers.flush()
-            if group is None:
-                break
+                trace = traceback.format_exc().rstrip()
+                answer = EpisodeError(f"in a process that plays evaluation episodes:\n{trace}")
+            connection.send(answer)
     if group is not None:
         group.close()
 
@@ -156,12 +149,12 @@ class SideBySide:
 
     def __init__(self, make_env: Callable[[], Any], num_envs: int, num_workers: int):
         self.num_envs = num_envs
-        self._slices = np.array_split(np.arange(num_envs), min(num_workers, num_envs))
-        kind = _RemoteGroup if len(self._slices) > 1 else _Group
+        self._rows = np.array_split(np.arange(num_envs), min(num_workers, num_envs))
+        kind = _RemoteGroup if len(self._rows) > 1 else _Group
         self._groups: list[Any] = []
         try:
-            for part in self._slices:
-                self._groups.append(kind(make_env, len(part)))
+            for rows in self._rows:
+                self._groups.append(kind(make_env, len(rows)))
             self._finish()  # the environments are made
         except BaseException:
             self.close()
@@ -169,18 +162,17 @@ class SideBySide:
 
     def _call(self, method: str, arguments: Sequence[Any]) -> list[Any]:
         """Calls one environment for each argument that is not None; those that are left over have nothing to do."""
-        padded = [*arguments, *[None] * (self.num_envs - len(arguments))]
-        for group, part in zip(self._groups, self._slices, strict=True):
-            group.start(method, [padded[index] for index in part])
-        return self._finish()[: len(arguments)]
+        for group, rows in zip(self._groups, self._rows, strict=True):
+            group.start(method, [arguments[row] for row in rows if row < len(arguments)])
+        return self._finish()
 
     def _finish(self) -> list[Any]:
         # Every group's answer is taken before any error is raised, or later calls would get answers to earlier ones.
-        finished = [group.finish() for group in self._groups]
-        for error, _ in finished:
-            if error is not None:
+        answers = [group.finish() for group in self._groups]
+        for error in answers:
+            if isinstance(error, Exception):
                 raise error
-        return [answer for _, answers in finished for answer in answers]
+        return [answer for of_group in answers for answer in of_group]
 
     def reset(self, seeds: Sequence[int]) -> np.ndarray:
         """First observations (N, ...) of the episodes of these seeds, at most `num_envs`."""
@@ -212,7 +204,7 @@ class SideBySide:
 
 
 class Moment(NamedTuple):
-    """N episodes at the start of some of them, or after a step of these."""
+    """N episodes at the start of some of them, or after a step of these; what is of all N is updated in place."""
 
     obs: np.ndarray  # (n, ...) of those that are being played
     returns: np.ndarray  # (N,)
@@ -231,17 +223,17 @@ def play(envs: SideBySide, seeds: Sequence[int], act: Callable[[np.ndarray], np.
     for start in range(0, len(seeds), envs.num_envs):
         wave = slice(start, start + envs.num_envs)
         obs = envs.reset(seeds[wave])
-        yield Moment(obs, returns.copy(), lengths.copy(), start == 0, dict(errors))
+        yield Moment(obs, returns, lengths, start == 0, errors)
         while not envs.over.all():
             going = ~envs.over
             obs, rewards, _ = envs.step(act(obs))
             returns[wave] += rewards
             lengths[wave] += going
             errors |= {start + index: error for index, error in enumerate(envs.physics_errors) if error is not None}
-            yield Moment(obs, returns.copy(), lengths.copy(), start == 0 and bool(going[0]), dict(errors))
+            yield Moment(obs, returns, lengths, start == 0 and bool(going[0]), errors)
 
 
 if __name__ == "__main__":
     from support import evaluation  # under this name the other process knows its errors
 
-    evaluation.serve()
+    evaluation.serve(int(sys.argv[1]))

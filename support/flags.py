@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import os
-import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -44,23 +42,6 @@ class OneLineParser(argparse.ArgumentParser):
             self.resume[name] = resume
 
         return add
-
-    def parse_known_args(  # type: ignore[override]
-        self, args: Sequence[str] | None = None, namespace: Any = None
-    ) -> Any:
-        """As argparse's, but names the mistake where a flag that takes no value is given one."""
-        words = list(sys.argv[1:] if args is None else args)
-        takes_words = any(not action.option_strings and action.help != argparse.SUPPRESS for action in self._actions)
-        flags = words[: words.index("--")] if "--" in words else words
-        for word, after in itertools.pairwise([*flags, "--"]):
-            name, equals, value = word.partition("=")
-            flag = self._option_string_actions.get(name)
-            if not equals and not takes_words and not after.startswith("-"):
-                equals, value = " ", after
-            if equals and flag is not None and flag.nargs == 0 and flag.dest != "help":
-                on, *off = flag.option_strings
-                self.error(f"{name}{equals}{value}: the flag takes no value; write {on}, or {off[0] if off else 'not'}")
-        return super().parse_known_args(words, namespace)
 
     def given(self, argv: Sequence[str] | None) -> dict[str, Any]:
         """The flags that a command line names, without the defaults of the others."""

@@ -71,30 +71,29 @@ class Pace:
     WORTH_SAYING = 3600.0  # seconds that are left
 
     def __init__(self, device: torch.device):
-        self._device = device
+        self._device, self._last = device, time.perf_counter()
         self._updates: list[float] = []  # seconds of each
         self._rests: list[float] = []  # seconds from the updates of a decision to those of the next
-        self._last = self._now()
 
     def updates(self, count: int, left: int) -> Iterator[int]:
         """The numbers of the updates of a decision, which the caller makes; `left` decisions are to come after it."""
         numbers: Iterable[int] = progress(range(count), "first updates") if count > 1 else range(count)
-        if len(self._updates) >= self.WARMUP + self.TIMED:
-            yield from numbers
-            return
-        self._rests.append(self._now() - self._last)
+        timed = self.WARMUP + self.TIMED
+        if len(self._updates) < timed:
+            self._lap(self._rests)
         for number in numbers:
-            start = self._now()
             yield number
-            self._updates.append(self._now() - start)
-            if len(self._updates) == self.WARMUP + self.TIMED:
-                self._say(count - number - 1 + left, left)
-        self._last = self._now()
+            if len(self._updates) < timed:
+                self._lap(self._updates)
+                if len(self._updates) == timed:
+                    self._say(count - number - 1 + left, left)
 
-    def _now(self) -> float:
+    def _lap(self, seconds: list[float]) -> None:
+        """Notes the time since the last call."""
         if self._device.type == "cuda":  # for these few; later nothing waits
             torch.cuda.synchronize(self._device)
-        return time.perf_counter()
+        before, self._last = self._last, time.perf_counter()
+        seconds.append(self._last - before)
 
     def _say(self, updates: int, decisions: int) -> None:
         # Medians: an evaluation or a checkpoint may lie between two decisions.

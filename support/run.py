@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -54,15 +55,13 @@ class Run:
         self.args, self.env, self.agent, self.replay = args, env, agent, replay
         self.progress, self.work_dir = Progress(), WorkDir(Path(args.work_dir))
         self.stop, self.pace = Stop(), report.Pace(agent.device)
+        self._saved = (time.monotonic(), 0)  # when the last checkpoint was written or read, and its step
 
     def open(self, parser: OneLineParser, make_logger: Callable[..., Any]) -> list[str]:
         """Starts the run in its folder, or takes up the checkpoint that is there; lines to print.
 
-        `make_logger` takes the `state` of the logger before; None if there was none.
-
-        Raises:
-            UserError: the checkpoint cannot be used; nothing has been changed.
-            MachineError: the folder cannot be written.
+        `make_logger` takes the `state` of the logger before; None if there was none. Raises UserError if the checkpoint
+        cannot be used; nothing has been changed then. Raises MachineError if the folder cannot be written.
         """
         args, work_dir, path, files = self.args, self.work_dir, self.work_dir.path, self.replay.files
         if args.resume and work_dir.checkpoint.exists():
@@ -71,7 +70,6 @@ class Run:
             lines, logger_state = work_dir.begin(vars(args), files.name, args.resume), None
         before = set(path.glob("tb/*"))
         self.logger = make_logger(state=logger_state)  # checks its files before anything is changed
-        work_dir.adopt(files.name)
         work_dir.note(*(f"tb/{events.name}" for events in set(path.glob("tb/*")) - before))
         write_json(path / "args.json", dict(sorted(vars(args).items())), files.name)
         start = report.provenance(self.agent.device) | {"step": self.progress.step}
@@ -88,6 +86,7 @@ class Run:
         if "cuda" in tensors["random"] and device.type == "cuda":
             torch.cuda.set_rng_state(tensors["random"]["cuda"].cpu(), device)
         self.progress = now = Progress(**content["progress"])
+        self._saved = (time.monotonic(), now.step)
         now.actions = [np.asarray(action, dtype) for action in now.actions]
         now.action = None if now.action is None else np.asarray(now.action, dtype)
         if content["args"]["eval_freq"] != args.eval_freq and not now.evaluation_due():
@@ -125,8 +124,10 @@ class Run:
 
     def checkpoint_due(self) -> bool:
         """Whether it is time for one, which is between episodes."""
-        due, args, now = self.work_dir.checkpoint.due, self.args, self.progress
-        return not now.actions and due(now.step, args.checkpoint_minutes, args.checkpoint_freq)
+        args, step, (last_time, last_step) = self.args, self.progress.step, self._saved
+        old = time.monotonic() - last_time >= 60 * args.checkpoint_minutes
+        old = old or (args.checkpoint_freq is not None and step - last_step >= args.checkpoint_freq)
+        return not self.progress.actions and step > last_step and old
 
     def save_checkpoint(self) -> None:
         """Writes a checkpoint. Raises MachineError if that fails; the one before it is still there then."""
@@ -139,6 +140,7 @@ class Run:
         numbers = {"progress": vars(now), "logger": self.logger.state(now.step)}
         tensors = {"agent": self.agent.state_dict(), "random": random}
         self.work_dir.checkpoint.write(vars(self.args), numbers, tensors, self.replay)
+        self._saved = (time.monotonic(), now.step)
 
     def save_models(self) -> None:
         """Writes networks and replay, if asked for."""

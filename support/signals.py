@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-HANGUP = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []  # the terminal is gone; Windows has no such signal
+HANGUP = [signal.SIGHUP]  # the terminal is gone
 STOPPING = [signal.SIGINT, signal.SIGTERM, *HANGUP]  # Ctrl-C, and what schedulers and systems send before they kill
 
 
@@ -60,9 +60,6 @@ def held_signals(numbers: Sequence[int] = STOPPING) -> Iterator[None]:
 
     A scheduler may send them to all processes of a job.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield

@@ -11,7 +11,11 @@ import sys
 def program() -> None:
     """Opens missing standard streams, lets Ctrl-C end the program, and shortens the time that threads spin."""
     for descriptor, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
-        _open_if_closed(descriptor)
+        # Daemons leave streams closed; the next file would get their numbers.
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest number that is free, this one
         if getattr(sys, name) is None:
             setattr(sys, name, open(descriptor, mode, closefd=False))  # noqa: SIM115  # it stays open
     for stream in (sys.stdout, sys.stderr):
@@ -23,15 +27,3 @@ def program() -> None:
     # the time of an update. https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
-
-def _open_if_closed(descriptor: int) -> None:
-    """Opens the null device in place of a closed stream, as daemons leave it; the next file would get its number."""
-    try:
-        os.fstat(descriptor)
-    except OSError:
-        opened = os.open(os.devnull, os.O_RDWR)
-        os.dup2(opened, descriptor)
-        os.set_inheritable(descriptor, True)
-        if opened != descriptor:
-            os.close(opened)

@@ -1,42 +1,33 @@
 """A run's folder: which files in it are the run's. Nothing else is removed or overwritten.
 
 The run lists its files in `.run_files`, a name a line, before it writes them. What its replay and its checkpoints write
-bears the replay's name. The authors' script and older versions of this one have no list: there, beside an `args.json`,
-every file that is named as a run names its files counts as the run's.
+bears the replay's name.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
-import uuid
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 from errors import UserError
-from files import writing
+from files import write_atomically, writing
 from replay_files import CHUNK, INDEX, belongs_to
 from support.checkpoint import Checkpoint
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 LIST = ".run_files"
 LOGS = ("args.json", "starts.log", "train.log", "eval.log")
 FOLDERS = ("tb", "video", "model", "buffer", "checkpoint")
 CHECKPOINT = "checkpoint/checkpoint.json"
-# What the names of a run's files look like. Those of an agent's further networks are not here: anybody's may look so.
+# What a run may write, but for TensorBoard's events, whose names are new each time.
 NAMES = re.compile(
-    rf"{'|'.join(map(re.escape, LOGS))}|tb/events\.out\.tfevents\..*|video/[0-9]+\.mp4"
-    r"|model/(actor|critic|decoder|target)_[0-9]+\.pt|(buffer|checkpoint)/[0-9]+_[0-9]+\.pt"
-    r"|buffer/replay\.json|checkpoint/state_.*\.pt"
+    rf"{'|'.join(map(re.escape, LOGS + FOLDERS))}|video/[0-9]+\.mp4|model/.*_[0-9]+\.pt|checkpoint/state_.*\.pt"
+    rf"|buffer/{re.escape(INDEX)}|(buffer|checkpoint)/{CHUNK.pattern}"
 )
-SCRAPS = re.compile(r"(buffer|checkpoint)/\.([0-9]+_[0-9]+\.pt|state_.*\.pt|replay\.json|checkpoint\.json)\.tmp")
 REPLAY = re.compile(r"checkpoint/\.([0-9a-f]+)\.tmp")  # listed as the first file that a replay of this name writes
 
 
@@ -56,18 +47,18 @@ class WorkDir:
             check_folder(path, f"work_dir {path}")
         except OSError as error:
             raise UserError(f"work_dir {str(path)[:100]} cannot be used: {error.strerror}") from error
-        if resume and not begun and (strangers or held not in ([], ["checkpoint"])):
+        if held and not resume and not overwrite:
+            choice = "choose another, or --resume or --overwrite it"
+            raise UserError(f"work_dir {path} holds a run already ({', '.join(held)}): {choice}")
+        if strangers and not (resume and self.checkpoint.exists()):
+            shown = ", ".join(strangers[:3]) + (", ..." if strangers[3:] else "")
+            choice = "move them away, or choose another work_dir"
+            raise UserError(f"work_dir {path} holds files that its run has not written ({shown}): {choice}")
+        if resume and not begun and held not in ([], ["checkpoint"]):
             raise UserError(
                 f"work_dir {path} holds {', '.join(held)}, but {CHECKPOINT} is missing: "
                 "there is nothing to resume; choose another work_dir, or --overwrite it"
             )
-        if strangers and (overwrite or (resume and not self.checkpoint.exists())):
-            shown = ", ".join(strangers[:3]) + (", ..." if strangers[3:] else "")
-            choice = "move them away, or choose another work_dir"
-            raise UserError(f"work_dir {path} holds files that its run has not written ({shown}): {choice}")
-        if held and not resume and not overwrite:
-            choice = "choose another, or --resume or --overwrite it"
-            raise UserError(f"work_dir {path} holds a run already ({', '.join(held)}): {choice}")
 
     def held(self) -> list[str]:
         """What of a run's files the folder holds."""
@@ -76,9 +67,7 @@ class WorkDir:
     def lock(self) -> IO[str]:
         """Makes the folder, and locks it until the returned file is closed or the process ends.
 
-        Raises:
-            UserError: another process has it.
-            MachineError: the folder cannot be written.
+        Raises UserError if another process has it, MachineError if the folder cannot be written.
         """
         path = self.path / ".lock"
         with writing(self.path):
@@ -86,8 +75,7 @@ class WorkDir:
             path.touch(exist_ok=True)
             file = path.open()  # only to read: a disk with files that are open to be written cannot be made read-only
         try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno == errno.EWOULDBLOCK:  # any other error: the file system has no locks
                 file.close()
@@ -99,8 +87,8 @@ class WorkDir:
 
         `replay` is the name of the new run's replay; `resume` says that a run was to be resumed if there was one.
         """
-        held = self.held()
-        self.adopt(replay)
+        held, first = self.held(), f"checkpoint/.{replay}.tmp"
+        self.note(first)
         old = self.written()
         self.checkpoint.begin(args, replay)  # from now on the folder holds a run that has no checkpoint yet
         for path in old:
@@ -110,19 +98,13 @@ class WorkDir:
             with suppress(OSError):  # it is not empty, or a link
                 (self.path / name).rmdir()
         stay = [name for name in self._names() if "/" in name and name != CHECKPOINT]
-        self._write_list((*LOGS, f"checkpoint/.{replay}.tmp"))
+        write_atomically(self.path / LIST, "".join(f"{name}\n" for name in (*LOGS, first)).encode(), replay)
         lines = [f"left in {self.path}, not written by its run: {', '.join(stay)}"] if stay else []
         if not held:
             return [f"no run in {self.path} yet: it begins", *lines] if resume else lines
         why = "there is no checkpoint yet" if resume else "they are overwritten"
         gone = [name for name in held if name == "checkpoint" or name not in self.held()]
         return [f"removed from {self.path}: {', '.join(gone)}; {why}", *lines]
-
-    def adopt(self, replay: str) -> None:
-        """Lists the files of a run that has no list, and the files that the replay of this name will write."""
-        if not (self.path / LIST).exists():
-            self._write_list(str(path.relative_to(self.path)) for path in self.written())
-        self.note(*LOGS, f"checkpoint/.{replay}.tmp")
 
     def claim(self, *names: str) -> None:
         """Lists files that the run is about to write. Raises UserError if one of them is there and not the run's."""
@@ -139,31 +121,20 @@ class WorkDir:
 
     def written(self) -> list[Path]:
         """The files that the run in the folder has written, but for `checkpoint.json` and the list."""
-        listed, found = self._listed(), list[str]()
-        if listed:
-            replays = [match[1] for match in map(REPLAY.fullmatch, listed) if match]
-            found = [name for name in self._names() if name in listed or self._bears(name, replays)]
-        elif (self.path / "args.json").is_file() or self.checkpoint.index.is_file():
-            found = [name for name in self._names() if NAMES.fullmatch(name) or SCRAPS.fullmatch(name)]
+        listed = self._listed()
+        replays = [match[1] for match in map(REPLAY.fullmatch, listed) if match]
+        found = [name for name in self._names() if name in listed or self._bears(name, replays)]
         paths = [self.path / name for name in found if name != CHECKPOINT]
         return [path for path in paths if path.is_symlink() or not path.is_dir()]
 
     def strangers(self) -> list[str]:
         """Names of files that the run has not written, but a new run would have to overwrite."""
         mine = {str(path.relative_to(self.path)) for path in self.written()}
-        names = [name for name in self._names() if name not in mine and not name.startswith("tb/")]
-        return [name for name in names if name in FOLDERS or NAMES.fullmatch(name)]
-
-    def _write_list(self, names: Iterable[str]) -> None:
-        """Whole or not at all. What a list lacks is not removed, so it need not reach the disk at once."""
-        temporary = self.path / f".{uuid.uuid4().hex}.tmp"
-        with writing(self.path / LIST):
-            temporary.write_text("".join(f"{name}\n" for name in names))
-            temporary.replace(self.path / LIST)
+        return [name for name in self._names() if name not in mine and NAMES.fullmatch(name)]
 
     def _listed(self) -> set[str]:
         path = self.path / LIST
-        return set(filter(None, path.read_text().splitlines())) if path.exists() else set()
+        return set(path.read_text().splitlines()) if path.exists() else set()
 
     def _names(self) -> list[str]:
         """Names of what lies in the folder and in a run's folders within it, without these themselves."""

@@ -508,8 +508,9 @@ def test_programs_end_silently(backend, ending):
     """Whether an environment was closed, closed twice, deleted or left open."""
     program = (
         "import dmc2gym\n"
-        "envs = [dmc2gym.make('cartpole', 'swingup', from_pixels=True, height=8, width=8) for _ in range(3)]\n"
-        "try: drawn = [env.reset() for env in envs]\n"
+        "try:\n"
+        "    envs = [dmc2gym.make('cartpole', 'swingup', from_pixels=True, height=8, width=8) for _ in range(3)]\n"
+        "    drawn = [env.reset() for env in envs]\n"
         "except dmc2gym.RendererError: print('no such renderer here'); raise SystemExit\n"
         "envs[0].close(); envs[0].close(); del envs[1]; print('drawn')\n" + ending
     )

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 import train
-from support import memory
+from support import machine
 
 FLAGS = {action.dest: action for action in train.make_parser()._actions if action.dest != "help"}
 NUMBERS = st.one_of(
@@ -69,7 +69,7 @@ def test_any_command_line(command, small, tmp_path, monkeypatch):
     with (
         mock.patch.object(sys, "argv", ["train.py"]),
         mock.patch.object(train, "make_agent", return_value=mock.Mock(device=torch.device("cpu"))),
-        mock.patch.object(memory, "ReplayBuffer"),
+        mock.patch.object(machine, "ReplayBuffer"),
         mock.patch.object(train, "Run", refuse_at_the_end),
         contextlib.redirect_stderr(errors),
         contextlib.redirect_stdout(io.StringIO()),

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import replay_buffer
 import replay_files
 from errors import MachineError, UserError
-from support import memory
+from support import machine
 from support.prefetch import Prefetched
 from utils import ReplayBuffer
 
@@ -269,46 +269,46 @@ def test_placement(monkeypatch):
     size = ((9, 84, 84), (6,), 1_000_000)
     needed = replay_buffer.replay_bytes(*size)
     gpu, cpu = torch.device("cuda:0"), torch.device("cpu")
-    free = {"gpu": needed + memory.GPU_RESERVE, "host": needed + memory.HOST_RESERVE}
-    monkeypatch.setattr(memory, "free_gpu_bytes", lambda device: free["gpu"])
-    monkeypatch.setattr(memory, "free_host_bytes", lambda: free["host"])
-    assert memory.place_replay("auto", gpu, *size) == gpu
-    assert memory.place_replay("cpu", gpu, *size) == cpu
-    assert memory.place_replay("auto", cpu, *size) == cpu
+    free = {"gpu": needed + machine.GPU_RESERVE, "host": needed + machine.HOST_RESERVE}
+    monkeypatch.setattr(machine, "free_gpu_bytes", lambda device: free["gpu"])
+    monkeypatch.setattr(machine, "free_host_bytes", lambda: free["host"])
+    assert machine.place_replay("auto", gpu, *size) == gpu
+    assert machine.place_replay("cpu", gpu, *size) == cpu
+    assert machine.place_replay("auto", cpu, *size) == cpu
     with pytest.raises(ValueError, match="needs a GPU"):
-        memory.place_replay("cuda", cpu, *size)
+        machine.place_replay("cuda", cpu, *size)
     free["gpu"] -= 1
-    assert memory.place_replay("auto", gpu, *size) == cpu
+    assert machine.place_replay("auto", gpu, *size) == cpu
     with pytest.raises(ValueError, match=r"of cuda:0: --replay_buffer_capacity \d+ fits$"):
-        memory.place_replay("cuda", gpu, *size)
+        machine.place_replay("cuda", gpu, *size)
     free["host"] -= 1
     for requested, device in (("auto", cpu), ("cpu", gpu)):
         with pytest.raises(ValueError, match=r"of host memory: --replay_buffer_capacity \d+ fits$"):
-            memory.place_replay(requested, device, *size)
+            machine.place_replay(requested, device, *size)
     free["host"] //= 2
     with pytest.raises(ValueError, match=r"of cuda:0 or host memory: --replay_buffer_capacity \d+ fits$"):
-        memory.place_replay("auto", gpu, *size)
+        machine.place_replay("auto", gpu, *size)
     free["host"] = 0
     with pytest.raises(ValueError, match=r"capacity 0 fits$"):
-        memory.place_replay("auto", cpu, *size)
+        machine.place_replay("auto", cpu, *size)
 
 
 def test_small_replays_need_no_large_reserve(monkeypatch):
     """In host memory; on a GPU the networks beside them need it."""
-    monkeypatch.setattr(memory, "free_host_bytes", lambda: 10**8)
-    monkeypatch.setattr(memory, "free_gpu_bytes", lambda device: memory.GPU_RESERVE)
+    monkeypatch.setattr(machine, "free_host_bytes", lambda: 10**8)
+    monkeypatch.setattr(machine, "free_gpu_bytes", lambda device: machine.GPU_RESERVE)
     for device in ("cpu", "cuda"):
-        assert memory.place_replay("auto", torch.device(device), (9, 84, 84), (6,), 1000) == torch.device("cpu")
+        assert machine.place_replay("auto", torch.device(device), (9, 84, 84), (6,), 1000) == torch.device("cpu")
 
 
 @pytest.mark.parametrize("capacity", [100, 1000, 123_456])
 def test_the_capacity_that_is_named_fits(monkeypatch, capacity):
-    monkeypatch.setattr(memory, "free_host_bytes", lambda: 10**6 * capacity // 50)
+    monkeypatch.setattr(machine, "free_host_bytes", lambda: 10**6 * capacity // 50)
     with pytest.raises(UserError) as error:
-        memory.place_replay("cpu", torch.device("cpu"), (9, 84, 84), (6,), capacity)
+        machine.place_replay("cpu", torch.device("cpu"), (9, 84, 84), (6,), capacity)
     named = int(re.search(r"capacity (\d+) fits", str(error.value))[1])
     assert 0.7 * capacity < named < capacity
-    assert memory.place_replay("cpu", torch.device("cpu"), (9, 84, 84), (6,), named) == torch.device("cpu")
+    assert machine.place_replay("cpu", torch.device("cpu"), (9, 84, 84), (6,), named) == torch.device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -330,12 +330,12 @@ def test_control_groups_limit_memory(tmp_path, listing, files, free):
         (group / "memory.current").write_text("300\n")
         (group / "memory.stat").write_text("anon 200\ninactive_file 70\n")
     (tmp_path / "listing").write_text(listing + "\n")
-    left = memory.free_host_bytes(tmp_path / "listing", root)
+    left = machine.free_host_bytes(tmp_path / "listing", root)
     assert left == free if free is not None else left > 10**6
 
 
 def test_free_host_memory_is_plausible():
-    assert 0 < memory.free_host_bytes() <= psutil.virtual_memory().total
+    assert 0 < machine.free_host_bytes() <= psutil.virtual_memory().total
 
 
 @pytest.mark.parametrize(

@@ -522,21 +522,36 @@ def test_what_is_put_in_the_way_of_a_run_stays(tmp_path, monkeypatch, capsys, na
     assert train.main([*flags, "--resume"]) == 0
 
 
-@pytest.mark.parametrize("kind", ["authors", "no folder", "no index", "logs"])
-def test_a_run_without_a_checkpoint_is_not_resumed(tmp_path, ended, capsys, kind):
-    """Nothing is removed; the line says what to do, and that works."""
+@pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
+@pytest.mark.parametrize("kind", ["authors", "no list"])
+def test_a_run_of_another_program_stays(tmp_path, ended, capsys, kind, flag):
+    """Without a list of the run's files none counts as the run's."""
     folder = tmp_path / "log"
     if kind == "authors":
         authors_run(folder)
     else:
         shutil.copytree(ended[0], folder)
+        (folder / LIST).unlink()
         shutil.rmtree(folder / "checkpoint")
-        if kind == "no index":
-            shutil.copytree(ended[0] / "checkpoint", folder / "checkpoint")
-            (folder / "checkpoint" / "checkpoint.json").unlink()
-        elif kind == "logs":
-            (folder / LIST).unlink()
-            (folder / "starts.log").unlink()
+    before = contents(folder)
+    with pytest.raises(SystemExit) as exit_:
+        train.main([*RUN, flag, "--work_dir", str(folder)])
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert "holds files that its run has not written (args.json, " in error
+    assert error.endswith("move them away, or choose another work_dir\n")
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("kind", ["no folder", "no index"])
+def test_a_run_without_a_checkpoint_is_not_resumed(tmp_path, ended, capsys, kind):
+    """Nothing is removed; the line says what to do, and that works."""
+    folder = tmp_path / "log"
+    shutil.copytree(ended[0], folder)
+    shutil.rmtree(folder / "checkpoint")
+    if kind == "no index":
+        shutil.copytree(ended[0] / "checkpoint", folder / "checkpoint")
+        (folder / "checkpoint" / "checkpoint.json").unlink()
     before = contents(folder)
     flags = [*RUN, "--num_train_steps", "45", "--work_dir"]
     with pytest.raises(SystemExit) as exit_:
@@ -718,7 +733,9 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last(tmp_path, monkeypat
 
         def fail(descriptor, calls=calls, failing=failing):
             calls.append(descriptor)
-            if len(calls) == 4 + 8 + failing:  # begin and args.json; the first checkpoint; the second one
+            if (
+                len(calls) == 6 + 8 + failing
+            ):  # begin with its list, and args.json; the first checkpoint; the second one
                 raise OSError(5, "Input/output error")
             fsync(descriptor)
 
@@ -752,19 +769,6 @@ def test_programs_run_in_any_thread(tmp_path, ended, program):
     assert [signal.getsignal(number) for number in STOPPING] == handlers
 
 
-def test_a_run_of_an_older_version_is_resumed_and_then_overwritten(tmp_path, capsys):
-    """It has no list of files, and scraps of other names; what it writes after that is its own, too."""
-    folder = tmp_path / "log"
-    flags = [*RUN, *SAVING, "--work_dir", str(folder)]
-    assert train.main([*flags, "--num_train_steps", "40"]) == 0
-    (folder / ".run_files").unlink()
-    (folder / "checkpoint" / ".checkpoint.json.tmp").write_text("{")
-    assert train.main([*flags, "--resume"]) == 0
-    assert train.main([*flags, "--overwrite"]) == 0
-    assert "not written by its run" not in capsys.readouterr().out
-    assert not (folder / "checkpoint" / ".checkpoint.json.tmp").exists()
-
-
 def test_a_list_that_a_full_disk_has_cut_goes_on(tmp_path):
     (tmp_path / ".run_files").write_text("train.log\nmodel/act")
     work_dir = WorkDir(tmp_path)
@@ -773,14 +777,6 @@ def test_a_list_that_a_full_disk_has_cut_goes_on(tmp_path):
     (tmp_path / "model" / "actor_5.pt").touch()
     work_dir.claim("model/actor_5.pt")
     assert work_dir.written() == [tmp_path / "model" / "actor_5.pt"]
-
-
-def test_models_of_other_names_are_not_the_runs(tmp_path):
-    """In a run without a list of files, only the authors' names count."""
-    authors_run(tmp_path / "log")
-    put(tmp_path / "log", "model/mine_5.pt", "model/best_actor_5.pt")
-    assert train.main([*RUN, "--num_train_steps", "20", "--overwrite", "--work_dir", str(tmp_path / "log")]) == 0
-    assert sorted(path.name for path in (tmp_path / "log" / "model").iterdir()) == ["best_actor_5.pt", "mine_5.pt"]
 
 
 @pytest.mark.parametrize(("owner", "name"), [(Path, "unlink"), (os, "truncate")])

@@ -134,21 +134,17 @@ def test_a_home_folder_is_expanded(run, tmp_path):
 @pytest.mark.parametrize(
     ("program", "flags", "words"),
     [
-        ("train.py", ["--save_tb=false"], "--save_tb=false: the flag takes no value; write --save_tb, or --no-save_tb"),
-        ("train.py", ["--save_video", "True"], "--save_video True: the flag takes no value; write --save_video, or"),
-        ("train.py", ["--no-save_model=1"], "or --no-save_model"),
-        ("train.py", ["--seed", "1", "--resume", "yes", "--save_tb"], "write --resume, or --no-resume"),
-        ("train.py", ["--overwrite=no"], "write --overwrite, or --no-overwrite"),
-        ("train.py", ["--compile", "0"], "write --compile, or --no-compile"),
-        ("sweep.py", ["--dry_run=false"], "write --dry_run, or --no-dry_run"),
-        ("sweep.py", ["--dry_run", "True"], "write --dry_run, or --no-dry_run"),
-        ("bench.py", ["--fill=1", "all"], "write --fill, or not"),
-        ("sweep.py", ["--dry_run", "--", "--save_tb", "True"], "write --save_tb, or --no-save_tb"),
+        ("train", ["--save_tb=false"], "--save_tb/--no-save_tb: ignored explicit argument 'false'"),
+        ("train", ["--save_video", "True"], "unrecognized arguments: True"),
+        ("train", ["--seed", "1", "--resume", "yes", "--save_tb"], "unrecognized arguments: yes"),
+        ("sweep", ["--dry_run=false"], "ignored explicit argument 'false'"),
+        ("sweep", ["--dry_run", "--", "--save_tb", "True"], "unrecognized arguments: True"),
+        ("bench", ["--fill=1", "all"], "ignored explicit argument '1'"),
     ],
 )
 def test_a_value_for_a_flag_without_one(program, flags, words, capsys):
     with pytest.raises(SystemExit) as exit_:
-        importlib.import_module(program.removesuffix(".py")).main(flags)
+        importlib.import_module(program).main(flags)
     assert exit_.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
