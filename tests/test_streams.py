@@ -142,7 +142,6 @@ def test_a_home_folder_is_expanded(run, tmp_path):
         ("train.py", ["--compile", "0"], "write --compile, or --no-compile"),
         ("sweep.py", ["--dry_run=false"], "write --dry_run, or --no-dry_run"),
         ("sweep.py", ["--dry_run", "True"], "write --dry_run, or --no-dry_run"),
-        ("bench.py", ["--fill=1", "all"], "write --fill, or not"),
         ("sweep.py", ["--dry_run", "--", "--save_tb", "True"], "write --save_tb, or --no-save_tb"),
     ],
 )
