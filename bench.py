@@ -27,7 +27,6 @@ from gym.wrappers import TimeLimit
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from errors import UserError
 from files import write_json
 from sac_ae import SacAeAgent
 from support import cuda_graph, report
@@ -131,27 +130,22 @@ def bench_replay(capacity: int, batches: int) -> Results:
 
 def bench_update(kind: str, rounds: int) -> Results:
     """Two updates, one of them with the actor; each takes a batch from the replay."""
-    variants: dict[str, tuple[str, ...]] = {"this": (), "this, bf16": ("--precision", "bf16")}
-    try:
+    variants: dict[str, list[str]] = {"this": []}
+    with report.one_line(lambda reason: print(f"\nNot measured: {reason}")):
         check_bf16(DEVICE, filters=32 if kind == "pixel" else 0, hidden_dim=1024)
-    except UserError as error:
-        print(f"\nNot measured: {error}")
-        del variants["this, bf16"]
+        variants["this, bf16"] = ["--precision", "bf16"]
     if ON_GPU:
-        variants |= {f"this, {precision}": ("--precision", precision) for precision in ("fp32", "tf32")}
-        variants["this, without CUDA graphs"] = ("--cuda_graph", "off")
-    agents, plain = {name: make_agents(kind, *more)[0] for name, more in variants.items()}, make_agents(kind)[1]
+        variants |= {f"this, {precision}": ["--precision", precision] for precision in ("fp32", "tf32")}
+        variants["this, without CUDA graphs"] = ["--cuda_graph", "off"]
     args = (OBS_SHAPES[kind], ACTION_SHAPE, 2000, BATCH_SIZE, DEVICE)
-    replay, plain_replay = ReplayBuffer(*args, frames_device=DEVICE), PlainReplay(*args)
+    replay, plain_replay, plain = ReplayBuffer(*args, frames_device=DEVICE), PlainReplay(*args), make_agents(kind)[1]
     for transition in transitions(2000, kind):
         replay.add(*transition)
         plain_replay.add(*transition)
-
-    def two_updates(agent: SacAeAgent) -> None:
-        for step in range(2):
-            agent.update_from(replay.sample(), agent.due(step))
-
-    calls: Calls = {name: partial(two_updates, agent) for name, agent in agents.items()}
+    calls: dict[str, Any] = {}
+    for name, more in variants.items():
+        agent = make_agents(kind, *more)[0]
+        calls[name] = lambda agent=agent: [agent.update_from(replay.sample(), agent.due(step)) for step in range(2)]
     calls["plain"] = lambda: [plain.update(plain_replay.sample(), step) for step in range(2)]
     results = show(f"Update, {kind}: mean of one with the actor and one without", interleaved(calls, rounds), parts=2)
     with FlopCounterMode(display=False) as counter:
@@ -230,13 +224,12 @@ def machine() -> Results:
     """What the numbers depend on."""
     information = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*: (.*)", information.read_text()) if information.exists() else []
-    return {
+    about = {
         "device": torch.cuda.get_device_name(DEVICE) if ON_GPU else [*models, platform.machine()][0],
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
     }
+    return about | report.provenance(DEVICE)
 
 
 def main(argv: list[str] | None = None) -> None:
