@@ -62,7 +62,9 @@ class Logger:
 
             with writing(self._tb):
                 self._writer = SummaryWriter(str(self._tb), purge_step=state["step"] + 1 if state else None)
-            self._excepthook, threading.excepthook = threading.excepthook, self._thread_failed
+            # What ends TensorBoard's thread is raised at the next call, and need not be printed, too.
+            hook = self._excepthook = threading.excepthook
+            threading.excepthook = lambda args: None if "AsyncWriter" in type(args.thread).__name__ else hook(args)
 
     def _restore(self, state: dict[str, Any]) -> None:
         sizes = {path: state["sizes"][path.name] for path in self._paths.values()}
@@ -146,18 +148,13 @@ class Logger:
         """Flushes and closes TensorBoard's events. Raises MachineError if they cannot be written."""
         if self._writer is not None:
             threading.excepthook = self._excepthook
-            self._tensorboard("close")
+        self._tensorboard("close")
 
     def _tensorboard(self, method: str, *args: Any) -> None:
         """Calls a method of TensorBoard's writer, if there is one."""
         if self._writer is not None:
             with writing(self._tb):
                 getattr(self._writer, method)(*args)
-
-    def _thread_failed(self, failure: Any) -> None:
-        """Prints what has ended a thread, but for the one that writes events: its error is raised at the next call."""
-        if type(failure.thread).__name__ != "_AsyncWriterThread":
-            self._excepthook(failure)
 
 
 def _mean(key: str, values: Values) -> float:
