@@ -22,15 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
+from gym.wrappers import TimeLimit
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from files import write_json
 from sac_ae import SacAeAgent
 from support import cuda_graph, report
-from support.evaluation import SideBySide
+from support.evaluation import SideBySide, play
 from support.flags import OneLineParser, number, user_path
 from support.machine import check_bf16, cores
 from support.prefetch import Prefetched
@@ -108,11 +108,10 @@ def make_agents(kind: str, *more: str) -> tuple[SacAeAgent, PlainAgent]:
 def bench_replay(capacity: int, batches: int) -> Results:
     """An `add` and a batch: of the replay, wherever its frames can lie, and of plain storage."""
     args = (OBS_SHAPES["pixel"], ACTION_SHAPE, capacity, BATCH_SIZE, DEVICE)
-    storages: dict[str, Any] = {}
+    storages: dict[str, Any] = {"each frame once, host memory": ReplayBuffer(*args)}
     if ON_GPU:
         storages["each frame once, on the GPU"] = ReplayBuffer(*args, frames_device=DEVICE)
         storages["each frame once, host memory, prefetched"] = Prefetched(ReplayBuffer(*args))
-    storages[f"each frame once, host memory{', not prefetched' if ON_GPU else ''}"] = ReplayBuffer(*args)
     storages["plain: both stacks of every transition, host memory"] = PlainReplay(*args)
     adds, samples = Times(), Times()
     for index, transition in enumerate(transitions(capacity)):
@@ -129,60 +128,41 @@ def bench_replay(capacity: int, batches: int) -> Results:
     }
 
 
-def bench_fill(capacity: int) -> None:
-    """Fills a replay in host memory, and prints the memory that the whole process takes."""
-    memory = psutil.Process().memory_info
-    before, replay = memory().rss / 1e9, ReplayBuffer(OBS_SHAPES["pixel"], ACTION_SHAPE, capacity, BATCH_SIZE, "cpu")
-    allocated = memory().rss / 1e9
-    for transition in transitions(capacity):
-        replay.add(*transition)
-    print(f"{len(replay):,} transitions of {replay.obs_shape} stored; the buffer counts {replay.nbytes / 1e9:.3f} GB")
-    print(f"resident: {before:.3f} GB before, {allocated:.3f} GB allocated, {memory().rss / 1e9:.3f} GB filled")
-
-
 def bench_update(kind: str, rounds: int) -> Results:
     """Two updates, one of them with the actor; each takes a batch from the replay."""
-    agent, plain = make_agents(kind)
-    agents = {"this": agent}
+    variants: dict[str, list[str]] = {"this": []}
     with report.one_line(lambda reason: print(f"\nNot measured: {reason}")):
         check_bf16(DEVICE, filters=32 if kind == "pixel" else 0, hidden_dim=1024)
-        agents["this, bf16"] = make_agents(kind, "--precision", "bf16")[0]
+        variants["this, bf16"] = ["--precision", "bf16"]
     if ON_GPU:
-        for precision in ("fp32", "tf32"):
-            agents[f"this, {precision}"] = make_agents(kind, "--precision", precision)[0]
-        agents["this, without CUDA graphs"] = make_agents(kind, "--cuda_graph", "off")[0]
+        variants |= {f"this, {precision}": ["--precision", precision] for precision in ("fp32", "tf32")}
+        variants["this, without CUDA graphs"] = ["--cuda_graph", "off"]
     args = (OBS_SHAPES[kind], ACTION_SHAPE, 2000, BATCH_SIZE, DEVICE)
-    replay, plain_replay = ReplayBuffer(*args, frames_device=DEVICE), PlainReplay(*args)
+    replay, plain_replay, plain = ReplayBuffer(*args, frames_device=DEVICE), PlainReplay(*args), make_agents(kind)[1]
     for transition in transitions(2000, kind):
         replay.add(*transition)
         plain_replay.add(*transition)
-    calls: dict[str, Any] = {
-        name: lambda agent=agent: [agent.update_from(replay.sample(), agent.due(step)) for step in range(2)]
-        for name, agent in agents.items()
-    }
+    calls: dict[str, Any] = {}
+    for name, more in variants.items():
+        agent = make_agents(kind, *more)[0]
+        calls[name] = lambda agent=agent: [agent.update_from(replay.sample(), agent.due(step)) for step in range(2)]
     calls["plain"] = lambda: [plain.update(plain_replay.sample(), step) for step in range(2)]
     results = show(f"Update, {kind}: mean of one with the actor and one without", interleaved(calls, rounds), parts=2)
     with FlopCounterMode(display=False) as counter:
         calls["this, without CUDA graphs" if ON_GPU else "this"]()
-    return results | {"floor": floor(agent, counter.get_total_flops() / 2, results["this"]["median_us"])}
+    return results | {"floor": floor(counter.get_total_flops() / 2, results["this"]["median_us"])}
 
 
-def floor(agent: SacAeAgent, flops: float, measured_us: float) -> Results:
-    """The least that an update can take on this machine, at the measured rates of a matrix product and of a copy."""
+def floor(flops: float, measured_us: float) -> Results:
+    """The least that an update's operations can take on this machine, at the measured rate of a matrix product."""
     size = 4096 if ON_GPU else 1024
     left, right = torch.randn(2, size, size, device=DEVICE)
-    source, target = torch.randn(2, 64 * 2**20, device=DEVICE)
-    times = interleaved({"matrix": lambda: left @ right, "copy": lambda: target.copy_(source)}, rounds=10)
-    rate, bandwidth = 2 * size**3 / np.median(times["matrix"]), 2 * source.nbytes / np.median(times["copy"])
-    # Adam reads parameter, gradient and two moments, and writes all but the gradient. The rest may stay on the chip.
-    parameters = (parameter for network in agent.networks.values() for parameter in network.parameters())
-    num_bytes = 7 * sum(parameter.nbytes for parameter in parameters if parameter.requires_grad)
-    least_us = max(flops / rate, num_bytes / bandwidth) * 1e6
-    print(
-        f"\nFloor: {flops / 1e9:.2f} GFLOP at the measured {rate / 1e9:,.0f} GFLOP/s, {num_bytes / 1e6:.0f} MB at "
-        f"{bandwidth / 1e9:.1f} GB/s: {least_us:,.0f} us; the update reaches {least_us / measured_us:.0%} of that."
-    )
-    return {"gflop": flops / 1e9, "gflop_per_s": rate / 1e9, "least_us": least_us, "reached": least_us / measured_us}
+    rate = 2 * size**3 / np.median(interleaved({"product": lambda: left @ right}, rounds=10)["product"])
+    floor = {"gflop": flops / 1e9, "gflop_per_s": rate / 1e9, "least_us": flops / rate * 1e6}
+    floor["reached"] = floor["least_us"] / measured_us
+    text = "{gflop:.2f} GFLOP at the measured {gflop_per_s:,.0f} GFLOP/s: {least_us:,.0f} us; the update reaches"
+    print(f"\nFloor: {text.format(**floor)} {floor['reached']:.0%} of that.")
+    return floor
 
 
 def bench_act(kind: str, rounds: int) -> Results:
@@ -204,21 +184,19 @@ def bench_env(kind: str, rounds: int) -> Results:
 
 def bench_evaluation(rounds: int) -> Results:
     """An evaluation of ten short episodes from pixels: side by side, and one after the other."""
-    (agent, plain), length, workers = make_agents("pixel"), 25, min(10, cores())
-    sizes = {f"{workers} processes": (10, workers), "in this process": (10, 1), "plain": (1, 1)}
-    groups = {name: SideBySide(partial(train.make_env, flags("pixel"), 1), *size) for name, size in sizes.items()}
-
-    def evaluate(name: str) -> None:
-        envs, act = groups[name], plain.act if name == "plain" else agent.select_actions
-        for seed in range(0, 10, envs.num_envs):
-            obs = envs.reset(range(seed, seed + envs.num_envs))
-            for _ in range(length):
-                obs, _, _ = envs.step(act(obs))
-
-    times = interleaved({name: partial(evaluate, name) for name in groups}, rounds)
-    for envs in groups.values():
-        envs.close()
-    return show(f"Evaluation: ten episodes of {length} decisions", times)
+    (agent, plain), length, args, workers = make_agents("pixel"), 25, flags("pixel"), min(10, cores())
+    ways: dict[str, Any] = {  # how actions are chosen, and how many environments and processes play
+        f"{workers} processes": (agent.select_actions, 10, workers),
+        "in this process": (agent.select_actions, 10, 1),
+        "plain": (plain.act, 1, 1),
+    }
+    with contextlib.ExitStack() as resources:
+        calls: dict[str, Any] = {}
+        for name, (act, *size) in ways.items():
+            envs = SideBySide(lambda: TimeLimit(train.make_env(args, 1), length), *size)
+            resources.enter_context(contextlib.closing(envs))
+            calls[name] = lambda envs=envs, act=act: list(play(envs, range(10), act))
+        return show(f"Evaluation: ten episodes of {length} decisions", interleaved(calls, rounds))
 
 
 def bench_train(kind: str, rounds: int) -> Results:
@@ -239,54 +217,47 @@ def bench_train(kind: str, rounds: int) -> Results:
             train.train(run)
 
         times = interleaved({"this": two_decisions, "plain": lambda: (next(plain), next(plain))}, rounds)
-    results = show(f"End to end, {kind}: one decision of cheetah run, action repeat 4", times, parts=2)
-    for name, row in results.items():
-        row["decisions_per_second"] = 1e6 / row["median_us"]
-        print(f"{name}: {row['decisions_per_second']:.2f} decisions a second")
-    return results
+    return show(f"End to end, {kind}: one decision of cheetah run, action repeat 4", times, parts=2)
 
 
 def machine() -> Results:
     """What the numbers depend on."""
     information = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*: (.*)", information.read_text()) if information.exists() else []
-    return {
+    about = {
         "device": torch.cuda.get_device_name(DEVICE) if ON_GPU else [*models, platform.machine()][0],
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
     }
+    return about | report.provenance(DEVICE)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line."""
     parser = OneLineParser(description=__doc__)
-    add, every = parser.add_argument, ("replay", "update", "act", "train", "env", "eval")
-    add("command", choices=[*every, "all"], help="what to measure")
+    add, commands = parser.add_argument, ("replay", "update", "act", "train", "env", "eval")
+    add("command", choices=[*commands, "all"], help="what to measure")
     add("--kind", choices=list(OBS_SHAPES), help="observations; None: both")
     add("--rounds", type=number(int, 1), default=1000 if ON_GPU else 100, help="of a table; it ends after 40 seconds")
     add("--capacity", type=number(int, 1), default=10_000, help="transitions of the replay")
-    add("--fill", action="store_true", help="only fill a replay, and print the memory that it takes")
     add("--out", type=user_path, help="file for the numbers as JSON")
     args = parser.parse_args(argv)
-    if args.fill:
-        bench_fill(args.capacity)
-        return
-    commands, kinds = every if args.command == "all" else [args.command], [args.kind] if args.kind else list(OBS_SHAPES)
+    kinds, rounds = [args.kind] if args.kind else list(OBS_SHAPES), args.rounds
+    # By their names among the results, which begin with the command.
+    parts: Calls = {"replay": lambda: bench_replay(args.capacity, rounds)}
+    for kind in kinds:
+        for name, bench in {"update": bench_update, "act": bench_act, "train": bench_train}.items():
+            parts[f"{name}_{kind}"] = partial(bench, kind, rounds)
+    parts |= {
+        "env": lambda: {kind: bench_env(kind, rounds) for kind in kinds},
+        "eval": lambda: bench_evaluation(rounds),
+    }
     results: Results = {"machine": machine()}
     print(json.dumps(results["machine"]))
     with report.one_line(parser.error):
-        if "replay" in commands:
-            results["replay"] = bench_replay(args.capacity, args.rounds)
-        for kind in kinds:
-            for name, bench in {"update": bench_update, "act": bench_act, "train": bench_train}.items():
-                if name in commands:
-                    results[f"{name}_{kind}"] = bench(kind, args.rounds)
-        if "env" in commands:
-            results["env"] = {kind: bench_env(kind, args.rounds) for kind in kinds}
-        if "eval" in commands:
-            results["eval"] = bench_evaluation(args.rounds)
+        for name, part in parts.items():
+            if args.command in ("all", name.partition("_")[0]):
+                results[name] = part()
         if args.out:
             write_json(Path(args.out), results)
 

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import os
 import re
-import signal
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -31,6 +30,7 @@ from support.checkpoint import Checkpoint
 from support.evaluation import MAX_ENVS, SideBySide, play
 from support.flags import OneLineParser, number, user_path
 from support.machine import check_bf16, check_device, check_ffmpeg, cores
+from support.signals import Stop, Stopped
 from support.work_dir import check_folder
 from video import write_video
 
@@ -79,34 +79,33 @@ def find_models(work_dir: Path, step: int | None) -> tuple[Path, int]:
     return checkpoint.folder, held
 
 
-def training_flags(folder: Path, work_dir: Path, words: list[str]) -> tuple[argparse.Namespace, bool]:
-    """The flags that the models in `folder` were trained with, and whether an args.json there or in `work_dir` says so.
+def training_flags(work_dir: Path, words: list[str]) -> tuple[argparse.Namespace, bool]:
+    """The flags that the models were trained with, and whether an args.json in the run's folder says so.
 
     Raises:
         UserError: the args.json is none of train.py's, or says otherwise than `words`, flags on the command line.
     """
     parser = train.make_parser()
     flags, given = parser.parse_args(words), parser.given(words)
-    places = [work_dir, folder] + ([folder.absolute().parent] if folder.absolute().name == "model" else [])
-    path = next((place / "args.json" for place in places if (place / "args.json").exists()), None)
-    if path is None:
+    path = work_dir / "args.json"
+    if not path.exists() and work_dir.absolute().name == "model":
+        path = work_dir.absolute().parent / "args.json"
+    if not path.exists():
         return flags, False
-    held = read_json(path)
-    if not isinstance(held, dict):
-        raise UserError(f"{path} is damaged, or not what train.py writes")
 
     def fail(message: str) -> NoReturn:
         raise UserError(f"{path} is damaged: {message}")
 
-    parser.error = fail  # type: ignore[method-assign]
-    known = {name: value for name, value in held.items() if parser.resume.get(name) == "fixed" and value is not None}
-    switches = [f"--{name}" if value else f"--no-{name}" for name, value in known.items() if isinstance(value, bool)]
-    texts = [f"--{name}={value}" for name, value in known.items() if not isinstance(value, bool)]
-    flags = parser.parse_args(switches + texts)
-    denied = [name for name in given if name in known and given[name] != getattr(flags, name)]
-    if denied:
-        named = ", ".join(f"--{name} {given[name]} (there {getattr(flags, name)})" for name in denied)
-        raise UserError(f"{path} says otherwise than {named}: leave that out")
+    held, parser.error = read_json(path), fail  # type: ignore[method-assign]
+    if not isinstance(held, dict):
+        fail("it holds no flags")
+    fixed = {name: value for name, value in held.items() if parser.resume.get(name) == "fixed" and value is not None}
+    words = [f"--{name}={value}" for name, value in fixed.items() if not isinstance(value, bool)]
+    words += [f"--{name}" if value else f"--no-{name}" for name, value in fixed.items() if isinstance(value, bool)]
+    flags = parser.parse_args(words)
+    for name, value in given.items():
+        if name in fixed and value != getattr(flags, name):
+            raise UserError(f"{path} says --{name} {getattr(flags, name)}, not {value}: leave that out")
     vars(flags).update(given)
     return flags, True
 
@@ -132,7 +131,8 @@ class Evaluation:
         if not args.work_dir:
             raise UserError("work_dir is empty: name a folder")
         self.folder, self.step = find_models(Path(args.work_dir), args.step)
-        flags, known = training_flags(self.folder, Path(args.work_dir), words)
+        self.flags, known = training_flags(Path(args.work_dir), words)
+        flags, self.stop = self.flags, Stop()
         check_device(args.device)
         if args.precision == "bf16":  # that of the run was good where it was trained
             filters = flags.num_filters if flags.encoder_type == "pixel" else 0
@@ -142,7 +142,6 @@ class Evaluation:
             check_video(self.video)
         flags.device, flags.precision = args.device, args.precision or flags.precision
         flags.save_video, flags.save_tb = self.video is not None, False
-        self.flags = flags
         make_env = partial(train.make_env, flags, flags.seed)
         with contextlib.closing(make_env()) as env:
             checks.try_out(env, flags, dmc2gym.renderer_of)
@@ -164,8 +163,10 @@ class Evaluation:
 
         Raises:
             MachineError: an action is NaN or infinite, or an environment's process has died.
+            Stopped: a signal has asked for it.
         """
         for moment in report.progress(play(self.envs, self.seeds, self.act), "evaluation"):
+            self.stop.check()
             if self.video is not None and moment.first_moved:
                 self.seen.append((self.envs.render(), moment.obs[0].copy()))
         for episode, error in moment.physics_errors.items():
@@ -182,6 +183,7 @@ class Evaluation:
     def frames(self) -> Iterator[np.ndarray]:
         """The pictures (H, W, 3): the scene and, of pixels, the newest observed frame and its reconstruction."""
         for scene, obs in self.seen:
+            self.stop.check()
             stacks = [obs] if self.flags.encoder_type == "pixel" else []
             if self.agent.decoder is not None:
                 stacks.append(self.agent.reconstruct(obs[None])[0])
@@ -206,10 +208,8 @@ def main(argv: list[str] | None = None) -> int:
     args, words = parser.parse_known_args(argv)
     with report.one_line(parser.error):
         evaluation = Evaluation(args, words)
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        with contextlib.suppress(ValueError):  # not in the main thread
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-    with report.one_line(partial(report.complain, parser.prog)), contextlib.closing(evaluation.envs):
+    envs, stop = evaluation.envs, evaluation.stop
+    with report.one_line(partial(report.complain, parser.prog)), contextlib.closing(envs), stop.listen():
         try:
             report.show(f"models: {evaluation.folder}, step {evaluation.step}")
             returns = evaluation.play()
@@ -219,9 +219,9 @@ def main(argv: list[str] | None = None) -> int:
             if evaluation.video is not None:
                 write_video(evaluation.video, evaluation.frames(), overwrite=False)
                 report.show(f"video: {evaluation.video}")
-        except KeyboardInterrupt:
+        except Stopped:
             print(f"{parser.prog}: interrupted", file=sys.stderr)
-            return 130
+            return 128 + (stop.number or 0)
         return 0
     return 1
 

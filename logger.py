@@ -14,7 +14,6 @@ from typing import Any
 import imageio.v3 as iio
 import numpy as np
 import torch
-from skimage.util import montage
 from termcolor import colored
 from torch import Tensor, nn
 
@@ -37,11 +36,9 @@ Values = list[tuple[Any, int, int]]  # each the sum of how many values, and its 
 class Logger:
     """Collects values under keys `train/...`, `train_critic/...`, `eval/...` and writes them when a line is due.
 
-    Writes `train.log` and `eval.log`, a JSON object a line, and TensorBoard's events under `tb`.
-
     Args:
-        log_dir: an existing folder.
-        use_tb: whether to write events.
+        log_dir: an existing folder. It gets `train.log` and `eval.log`, a JSON object a line.
+        use_tb: whether to write TensorBoard's events under `tb`, too.
         config: which console lines; there are only those of `rl`.
         state: what an earlier logger's `state` gave. What was written after that is cut, and forgotten by TensorBoard.
 
@@ -65,7 +62,9 @@ class Logger:
 
             with writing(self._tb):
                 self._writer = SummaryWriter(str(self._tb), purge_step=state["step"] + 1 if state else None)
-            self._excepthook, threading.excepthook = threading.excepthook, self._thread_failed
+            # What ends TensorBoard's thread is raised at the next call, and need not be printed, too.
+            hook = self._excepthook = threading.excepthook
+            threading.excepthook = lambda args: None if "AsyncWriter" in type(args.thread).__name__ else hook(args)
 
     def _restore(self, state: dict[str, Any]) -> None:
         sizes = {path: state["sizes"][path.name] for path in self._paths.values()}
@@ -73,7 +72,7 @@ class Logger:
             if _size(path) < size:
                 raise UserError(f"{path} is missing or shorter than at the checkpoint: lines were lost")
         for path, size in sizes.items():
-            if _size(path) > size:
+            if path.exists():
                 with writing(path):
                     os.truncate(path, size)
         self._values.update((key, [tuple(value) for value in values]) for key, values in state["meters"].items())
@@ -97,21 +96,17 @@ class Logger:
             MachineError: a file cannot be written, or a loss is NaN or infinite; the message names it.
         """
         for section, path in self._paths.items():
-            means = {key: _mean(key, values) for key, values in self._values.items() if key.startswith(section)}
-            if not means:
+            keys = [key for key in self._values if key.startswith(section)]
+            if not keys:
                 continue
-            for key in means:
-                del self._values[key]
+            means = {key: _mean(key, self._values.pop(key)) for key in keys}
             record = {_field(key): mean for key, mean in means.items()} | {"step": step}
             with writing(path), path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
-            if self._writer is not None:
-                with writing(self._tb):
-                    for key, mean in means.items():
-                        self._writer.add_scalar(key, mean, step)
-                    self._writer.flush()
-            shown = LINES[section].format_map(defaultdict(float, record))
-            show(f"| {colored(section, COLOURS[section])} | {shown}")
+            for key, mean in means.items():
+                self._tensorboard("add_scalar", key, mean, step)
+            self._tensorboard("flush")
+            show(f"| {colored(section, COLOURS[section])} | {LINES[section].format_map(defaultdict(float, record))}")
 
     def check_losses(self) -> None:
         """Raises MachineError if a loss that waits for its line is NaN or infinite."""
@@ -132,18 +127,11 @@ class Logger:
 
     def log_histogram(self, key: str, histogram: Tensor | np.ndarray, step: int) -> None:
         """Histogram of all entries."""
-        if self._writer is not None:
-            with writing(self._tb):
-                self._writer.add_histogram(key, histogram, step)
+        self._tensorboard("add_histogram", key, histogram, step)
 
     def log_image(self, key: str, image: Tensor | np.ndarray, step: int) -> None:
-        """One picture (3, H, W), or a grid of several (N, 3, H, W); uint8, or floating in [0, 1]."""
-        if self._writer is not None:
-            pictures = image.numpy(force=True) if isinstance(image, Tensor) else image
-            pictures = pictures.reshape(-1, *pictures.shape[-3:])
-            grid = montage(pictures, channel_axis=1, padding_width=2, fill=[0, 0, 0])
-            with writing(self._tb):
-                self._writer.add_image(key, grid, step, dataformats="HWC")
+        """Pictures (..., 3, H, W), eight in a row; uint8, or floating and cut to [0, 1]."""
+        self._tensorboard("add_images", key, image.reshape(-1, *image.shape[-3:]), step)
 
     def log_video(self, key: str, frames: np.ndarray | list[np.ndarray], step: int, fps: int = 15) -> None:
         """Frames (T, H, W, 3), uint8, as an animation."""
@@ -160,13 +148,13 @@ class Logger:
         """Flushes and closes TensorBoard's events. Raises MachineError if they cannot be written."""
         if self._writer is not None:
             threading.excepthook = self._excepthook
-            with writing(self._tb):
-                self._writer.close()
+        self._tensorboard("close")
 
-    def _thread_failed(self, failure: Any) -> None:
-        """Prints what has ended a thread, but for the one that writes events: its error is raised at the next call."""
-        if type(failure.thread).__name__ != "_AsyncWriterThread":
-            self._excepthook(failure)
+    def _tensorboard(self, method: str, *args: Any) -> None:
+        """Calls a method of TensorBoard's writer, if there is one."""
+        if self._writer is not None:
+            with writing(self._tb):
+                getattr(self._writer, method)(*args)
 
 
 def _mean(key: str, values: Values) -> float:
@@ -216,5 +204,5 @@ def log_networks(logger: Logger, agent: Agent, observations: np.ndarray, step: i
         agent.critic(obs, mean_action)
         if agent.decoder is not None:
             reconstruction = agent.decoder(agent.critic.encoder(obs)) + 0.5
-            newest = torch.stack([obs[:, -3:] / 255, reconstruction[:, -3:].clamp(0, 1)], dim=1)
-            logger.log_image("eval/observation_and_reconstruction", newest.flatten(0, 1), step)
+            pairs = torch.stack([obs[:, -3:] / 255, reconstruction[:, -3:]], dim=1)
+            logger.log_image("eval/observation_and_reconstruction", pairs, step)

@@ -8,11 +8,10 @@ if __name__ == "__main__":
     start.program()
 
 import csv
-import io
 import json
 import os
 import sys
-import zlib
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +42,6 @@ FREE = {  # flags that may differ among averaged runs
     *("save_tb", "save_model", "save_buffer", "save_video"),
 }
 FILES = ("curves.png", "curves.svg", "scores.md", "scores.csv", "evaluations.csv")
-CHECKSUMS = ".plot.json"
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, csv.Error)  # by damaged files
 matplotlib.rcParams["svg.hashsalt"] = "curves"  # the same runs give the same file
 
@@ -68,11 +66,8 @@ class Score(NamedTuple):
     method: str
     steps: int  # environment steps
     mean: float
-    std: float | None
+    std: float  # NaN if it is not published
     source: str
-
-    def __str__(self) -> str:
-        return f"{self.mean:g}" if self.std is None else f"{self.mean:g} ± {self.std:g}"
 
 
 def find_runs(folders: Iterable[Path]) -> Iterator[Run]:
@@ -80,11 +75,10 @@ def find_runs(folders: Iterable[Path]) -> Iterator[Run]:
     paths: dict[Path, Path] = {}  # by what they resolve to
     for folder in folders:
         found = sorted(path.parent for path in folder.rglob("args.json"))
-        if not folder.is_dir():
-            print(f"{folder} {'is no folder' if folder.exists() else 'does not exist'}", file=sys.stderr)
-        elif not found:
+        for path in found:
+            paths.setdefault(path.resolve(), path)
+        if not found:
             print(f"{folder}: no run there, nothing with an args.json", file=sys.stderr)
-        paths |= {path.resolve(): path for path in found if path.resolve() not in paths}
     for path in paths.values():
         try:
             yield read_run(path)
@@ -109,12 +103,10 @@ def read_run(folder: Path) -> Run:
 
 def read_published(path: Path) -> list[Score]:
     """Reads published scores. Raises one of UNREADABLE if the file is missing or damaged."""
-    scores = []
     with path.open(newline="") as file:
-        for row in csv.DictReader(file, restval=""):
-            steps, mean, std = int(row["environment_steps"]), float(row["mean_return"]), row["std"]
-            scores.append(Score(row["task"], row["method"], steps, mean, float(std) if std else None, row["source"]))
-    return scores
+        rows = list(csv.DictReader(file, restval=""))
+    numbers = [(int(row["environment_steps"]), float(row["mean_return"]), float(row["std"] or "nan")) for row in rows]
+    return [Score(row["task"], row["method"], *of, row["source"]) for row, of in zip(rows, numbers, strict=True)]
 
 
 def grouped(runs: Sequence[Run]) -> dict[tuple[str, str], list[Run]]:
@@ -181,28 +173,32 @@ def draw(runs: Sequence[Run], published: Sequence[Score]) -> Figure:
         shift = 0.025 * max(run.steps[-1] for run in shown)  # keeps the table's scores of several methods apart
         for number, ((method, _), group) in enumerate(grouped(shown).items(), start=1):
             colour, line, marker = STYLES[method]
+            style: dict[str, Any] = {"color": colour, "marker": marker}
             for run in group:
                 axis.plot(run.steps, run.returns, color=colour, alpha=0.25, linewidth=0.8)
             grid, means = curve(group)
-            axis.plot(grid, means[:, 0], line, marker=marker, ms=3, color=colour, label=f"{method}, here (mean, 95 %)")
+            axis.plot(grid, means[:, 0], line, ms=3, label=f"{method}, here (mean, 95 %)", **style)
             axis.fill_between(grid, means[:, 1], means[:, 2], color=colour, alpha=0.2, linewidth=0)
             end = 1.25 * max(run.steps[-1] for run in group)
             near = [score for score in published if score[:2] == (task, method) and score.steps <= end]
-            points = np.array([(score.steps, score.mean) for score in near if "figure" in score.source])
-            if len(points):
-                style: dict[str, Any] = {"marker": marker, "ms": 4, "mfc": "white", "linewidth": 0.8, "color": colour}
-                axis.plot(*points.T, "--", label=f"{method}, published figure", **style)
-            for score in near:
-                if "DrQ" in score.source and score.steps in BUDGETS:
-                    style = {"fmt": marker, "ms": 6, "capsize": 3, "mec": "black", "color": colour}
-                    label = f"{method}, DrQ paper's table"
-                    axis.errorbar(score.steps + number * shift, score.mean, score.std, label=label, **style)
+            figures = np.array([(score.steps, score.mean) for score in near if "figure" in score.source])
+            if len(figures):
+                label = f"{method}, published figure"
+                axis.plot(*figures.T, "--", ms=4, mfc="white", linewidth=0.8, label=label, **style)
+            tables = np.array([score[2:5] for score in near if "DrQ" in score.source and score.steps in BUDGETS])
+            if len(tables):
+                steps, mean, std = tables.T
+                label = f"{method}, DrQ paper's table"
+                axis.errorbar(
+                    steps + number * shift, mean, std, ls="", ms=6, capsize=3, mec="black", label=label, **style
+                )
         axis.set(title=task.replace("_", " "), xlabel="environment steps", ylabel="return", xlim=(0, None))
         if all((run.returns >= 0).all() for run in shown):  # as in all tasks of the paper
             axis.set_ylim(-20, 1020)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 100k, 1M
         axis.grid(alpha=0.3)
-        legend |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        handles, labels = axis.get_legend_handles_labels()
+        legend |= dict(zip(labels, handles, strict=True))
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=columns, fontsize=8)
     return figure
 
@@ -210,59 +206,40 @@ def draw(runs: Sequence[Run], published: Sequence[Score]) -> Figure:
 def table(runs: Sequence[Run], published: Sequence[Score]) -> Iterator[Sequence[str]]:
     """Yields names of columns and, for each budget, a row per method and task, then each method's mean over tasks."""
     yield "method", "task", "environment steps", "seeds", "return", "deviation", "95 %", "published"
-    known = {(score.method, score.task, score.steps): str(score) for score in published if "DrQ" in score.source}
+    known = {score[:3]: score for score in published if "DrQ" in score.source}
     for budget in BUDGETS:
         scores = {key: scores_at(group, budget) for key, group in grouped(runs).items()}
-        entries = [(*key, [sample], known.get((*key, budget), "not published")) for key, sample in scores.items()]
+        entries = [(*key, [sample]) for key, sample in scores.items()]
         for method in sorted({run.method for run in runs}):
             samples = [sample for key, sample in scores.items() if key[0] == method]
             # An interquartile mean needs four scores. Only equal numbers of seeds give tasks equal weights.
             if len(samples) > 1 and sum(map(len, samples)) >= 4 and len({*map(len, samples)}) == 1:
-                entries.append((method, f"interquartile mean of {len(samples)} tasks", samples, "not published"))
-        for method, name, samples, text in entries:
+                entries.append((method, f"interquartile mean of {len(samples)} tasks", samples))
+        for method, name, samples in entries:
             seeds = len(samples[0])
             mean, low, high = estimate(samples) if seeds else (np.nan,) * 3
             value = f"{mean:.1f}" if seeds else "not reached"
             deviation = f"{np.std(samples[0], ddof=1):.1f}" if seeds > 1 and len(samples) == 1 else ""
             interval = f"{low:.1f} to {high:.1f}" if seeds > 1 else ""
+            score = known.get((name, method, budget))
+            text = "not published" if score is None else f"{score.mean:g} ± {score.std:g}"
             yield method, name, f"{budget}", f"{seeds}", value, deviation, interval, text
 
 
-def outputs(runs: Sequence[Run], published: Sequence[Score]) -> dict[str, bytes]:
-    """Returns the contents of FILES, by name."""
-    figure, png, svg = draw(runs, published), io.BytesIO(), io.BytesIO()
-    figure.savefig(png, format="png", dpi=150)
-    figure.savefig(svg, format="svg", metadata={"Date": None})
-    scores = list(table(runs, published))
-    markdown = "".join(f"| {' | '.join(row)} |\n" for row in [scores[0], ["---"] * len(scores[0]), *scores[1:]])
-    contents = {"curves.png": png.getvalue(), "curves.svg": svg.getvalue(), "scores.md": markdown.encode()}
+def make_files(folder: Path, runs: Sequence[Run], published: Sequence[Score]) -> None:
+    """Writes FILES into an empty folder."""
+    figure, scores = draw(runs, published), list(table(runs, published))
+    figure.savefig(folder / "curves.png", dpi=150)
+    figure.savefig(folder / "curves.svg", metadata={"Date": None})
+    rows = [scores[0], ["---"] * len(scores[0]), *scores[1:]]
+    (folder / "scores.md").write_text("".join(f"| {' | '.join(row)} |\n" for row in rows))
     evaluations: list[Sequence[Any]] = [("task", "method", "seed", "environment steps", "return")]
     for run in runs:
         about = (run.task, run.method, run.seed)
         evaluations += [(*about, f"{step:.0f}", value) for step, value in zip(run.steps, run.returns, strict=True)]
-    for name, rows in {"scores.csv": scores, "evaluations.csv": evaluations}.items():
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(rows)
-        contents[name] = text.getvalue().encode()
-    return contents
-
-
-def is_own(path: Path) -> bool:
-    """Whether this program wrote the file and nobody changed it: its checksum is in `.plot.json` beside it."""
-    try:
-        return zlib.crc32(path.read_bytes()) in json.loads(path.with_name(CHECKSUMS).read_text())[path.name]
-    except UNREADABLE:
-        return False
-
-
-def write(out: Path, contents: dict[str, bytes]) -> None:
-    """Writes each file atomically, or raises OSError. Checksums, old and new, come first: a kill does no harm."""
-    old = {name: [zlib.crc32((out / name).read_bytes())] if (out / name).exists() else [] for name in contents}
-    sums = {name: [*old[name], zlib.crc32(content)] for name, content in contents.items()}
-    for name, content in {CHECKSUMS: json.dumps(sums).encode() + b"\n", **contents}.items():
-        temporary = out / f".{name}.{os.getpid()}.tmp"
-        temporary.write_bytes(content)
-        temporary.replace(out / name)
+    for name, content in {"scores.csv": scores, "evaluations.csv": evaluations}.items():
+        with (folder / name).open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(content)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -272,27 +249,27 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=user_path, default="plots", help="folder for the figure and the tables")
     parser.add_argument("--published", type=user_path, default=str(PUBLISHED), help="CSV file of published scores")
     args = parser.parse_args(argv)
-    out, path = Path(args.out), Path(args.published)
+    out = Path(args.out)
     try:
-        published = read_published(path)
+        published = read_published(Path(args.published))
     except UNREADABLE as error:
-        parser.error(f"{path} cannot be read as published scores: {error}")
+        parser.error(f"{args.published} cannot be read as published scores: {error}")
     runs = list(find_runs(map(Path, args.folders)))
     if not runs:
         parser.error("there is no run to draw")
+    held = [name for name in FILES if os.path.lexists(out / name)]
+    if 0 < len(held) < len(FILES):  # then they are not what this program wrote before
+        parser.error(f"--out {out} holds other files ({', '.join(held)}): choose another folder")
+    print("".join(f"{line}\n" for line in notes(runs)), file=sys.stderr, end="")
     try:
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--out {out} cannot be made: {error.strerror}")
-    if others := [name for name in FILES if os.path.lexists(out / name) and not is_own(out / name)]:
-        parser.error(f"--out {out} holds other files, or changed ones ({', '.join(others)}): choose another folder")
-    print("".join(f"{line}\n" for line in notes(runs)), file=sys.stderr, end="")
-    contents = outputs(runs, published)
-    try:
-        write(out, contents)
+        with tempfile.TemporaryDirectory(prefix=".plot.", dir=out) as folder:  # so that files appear whole
+            make_files(Path(folder), runs, published)
+            for name in FILES:
+                (Path(folder) / name).replace(out / name)
     except OSError as error:
         parser.error(f"--out {out} cannot be written: {error.strerror}")
-    print(contents["scores.md"].decode(), end="")
+    print((out / "scores.md").read_text(), end="")
     return 0
 
 

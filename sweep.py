@@ -83,14 +83,14 @@ class Run:
     def finish(self, task: Any) -> str:
         """Finds out how Ray's task has ended. Returns a line about it."""
         try:
-            reason = "status 2" if ray.get(task) else "status 0, but no end is seen here: do all nodes share work_dir?"
+            reason = f"status {ray.get(task)}"  # 0 without an end: this machine does not see the node's work_dir
         except ray.exceptions.RayError as error:
             reason = str(getattr(error, "cause", type(error).__name__))
         if self.ended():
             self.state = "done"
             return f"{self.name} has ended: last return {self.last('eval.log').get('episode_reward', 0):.1f}"
-        self.state, self.failure = "failed", reason
-        return f"{self.name} failed with {reason}"
+        self.state, self.failure = "failed", f"{self.name} failed with {reason}"
+        return self.failure
 
     def printed(self) -> list[str]:
         """The lines that the run has printed in this sweep."""
@@ -176,23 +176,20 @@ def run_train(flags: list[str], work_dir: Path) -> int:
 
 
 def start_ray(args: argparse.Namespace, largest: Run, parser: OneLineParser) -> None:
-    """Starts Ray, or joins a cluster. A run too large for every node waits in a cluster; otherwise it is an error."""
-    local = args.address == "local"
-    quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
+    """Starts Ray, or joins a cluster. A run that is too large for every node is an error."""
+    options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
+    if args.address == "local":
+        options["object_store_memory"] = 100_000_000  # it stays empty, and would take a third of the memory
     try:
         with held_signals(HANGUP):  # when the terminal closes, Ray must not end before the runs
-            store = 100_000_000 if local else None  # it stays empty, and would take a third of the memory
-            ray.init(args.address, object_store_memory=store, **quiet)
+            ray.init(args.address, **options)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         parser.error(f"there is no Ray cluster at {args.address}: {error}")
     asked = {"CPU": args.cpus_per_run, "GPU": args.gpus_per_run, "memory": largest.memory}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(all(node.get(name, 0) >= amount for name, amount in asked.items()) for node in nodes):
         shares = f"{args.cpus_per_run:g} cores, {args.gpus_per_run:g} GPUs and {largest.memory / 1e9:.1f} GB of memory"
-        reason = f"no node has the {shares} that {largest.name} asks for"
-        if local:
-            parser.error(f"{reason}: ask for less")
-        print(f"{reason}: it waits for one", file=sys.stderr)
+        parser.error(f"no node has the {shares} that {largest.name} asks for: ask for less")
     if not args.gpus_per_run and ray.cluster_resources().get("GPU"):
         print("note: without --gpus_per_run all runs are on a node's first GPU", file=sys.stderr)
 
@@ -269,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
         ray.shutdown()
     failed = [run for run in runs if run.state == "failed"]
     for run in failed:
-        print(f"{run.name} failed with {run.failure}", *run.printed()[-5:], sep="\n    ", file=sys.stderr)
+        print(run.failure, *run.printed()[-5:], sep="\n    ", file=sys.stderr)
     if stopped_by is not None:
         print(f"{parser.prog}: stopped by {signal.Signals(stopped_by).name}: the same command goes on", file=sys.stderr)
         return 128 + stopped_by

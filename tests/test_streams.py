@@ -139,7 +139,6 @@ def test_a_home_folder_is_expanded(run, tmp_path):
         ("train", ["--seed", "1", "--resume", "yes", "--save_tb"], "unrecognized arguments: yes"),
         ("sweep", ["--dry_run=false"], "ignored explicit argument 'false'"),
         ("sweep", ["--dry_run", "--", "--save_tb", "True"], "unrecognized arguments: True"),
-        ("bench", ["--fill=1", "all"], "ignored explicit argument '1'"),
     ],
 )
 def test_a_value_for_a_flag_without_one(program, flags, words, capsys):
