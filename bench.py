@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from files import write_json
 from sac_ae import SacAeAgent
-from support import cuda_graph, report
+from support import cuda_graph, report, roofline
 from support.evaluation import SideBySide
 from support.flags import OneLineParser, number, user_path
 from support.machine import check_bf16, cores
@@ -263,17 +263,22 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the command line."""
     parser = OneLineParser(description=__doc__)
     add, every = parser.add_argument, ("replay", "update", "act", "train", "env", "eval")
-    add("command", choices=[*every, "all"], help="what to measure")
+    add("command", choices=[*every, "all", "count"], help="what to measure; count: what updates take at least")
     add("--kind", choices=list(OBS_SHAPES), help="observations; None: both")
     add("--rounds", type=number(int, 1), default=1000 if ON_GPU else 100, help="of a table; it ends after 40 seconds")
     add("--capacity", type=number(int, 1), default=10_000, help="transitions of the replay")
     add("--fill", action="store_true", help="only fill a replay, and print the memory that it takes")
+    add("--gpu", type=roofline.gpu, default="h100", help="of count: h100, a100, 4090, or its peaks TB/s,FP32,TF32,BF16")
     add("--out", type=user_path, help="file for the numbers as JSON")
     args = parser.parse_args(argv)
     if args.fill:
         bench_fill(args.capacity)
         return
     commands, kinds = every if args.command == "all" else [args.command], [args.kind] if args.kind else list(OBS_SHAPES)
+    if args.command == "count":
+        with report.one_line(parser.error):
+            roofline.show(args.gpu, {kind: OBS_SHAPES[kind] for kind in kinds}, ACTION_SHAPE, BATCH_SIZE)
+        return
     results: Results = {"machine": machine()}
     print(json.dumps(results["machine"]))
     with report.one_line(parser.error):
