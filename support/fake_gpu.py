@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._mode_utils import no_dispatch
 
 from errors import MachineError
+from files import writing
 from support.watch import Watch, tensors_in
 
 aten = torch.ops.aten
@@ -121,14 +122,16 @@ def _shim() -> ctypes.CDLL:
 
     source = Path(__file__).with_suffix(".cpp")
     digest = hashlib.sha256(source.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
-    library = Path(get_default_build_root(), f"fake_gpu_{digest}.so")
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    library = Path(folder, f"fake_gpu_{digest}.so")
     if not library.exists():
         compiler = shlex.split(os.environ.get("CXX", "g++"))
         if shutil.which(compiler[0]) is None:
             raise MachineError(f"a fake GPU takes a C++ compiler, and {compiler[0]} is not there: install g++")
-        library.parent.mkdir(parents=True, exist_ok=True)
         torch_dir, temporary = Path(torch.__file__).parent, library.with_suffix(f".{os.getpid()}")
         flags = ["-std=c++20", "-shared", "-fPIC", f"-I{torch_dir}/include", f"-L{torch_dir}/lib"]
-        subprocess.run([*compiler, *flags, str(source), "-lc10", "-ltorch_cpu", "-o", str(temporary)], check=True)
-        temporary.replace(library)
+        with writing(library):
+            library.parent.mkdir(parents=True, exist_ok=True)
+            subprocess.run([*compiler, *flags, str(source), "-lc10", "-ltorch_cpu", "-o", str(temporary)], check=True)
+            temporary.replace(library)
     return ctypes.CDLL(str(library))

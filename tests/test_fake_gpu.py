@@ -19,7 +19,8 @@ from agent import Agent
 from errors import MachineError
 from sac_ae import Due, SacAeAgent
 from settings import Precision
-from support import cuda_graph, fake_gpu, prefetch
+from support import cuda_graph, prefetch
+from support.fake_gpu import fake_gpu
 from support.watch import NotCapturableError, WaitsError, Watch
 
 PRECISIONS = [None, *Precision.__args__]
@@ -38,14 +39,9 @@ class Inline:
         return future
 
 
-@pytest.fixture
-def gpu(monkeypatch):
+@pytest.fixture(autouse=True)
+def inline(monkeypatch):
     monkeypatch.setattr(prefetch, "ThreadPoolExecutor", Inline)
-    try:
-        with fake_gpu.fake_gpu():
-            yield
-    except MachineError as error:
-        pytest.skip(str(error))
 
 
 def observation(kind, *more):
@@ -163,3 +159,12 @@ def test_a_fault_is_caught_at_the_capture(gpu, monkeypatch):
         agent.update(replay, Silent(), 0)
     with pytest.raises(NotCapturableError, match="host memory"):
         agent.update(replay, Silent(), 0)
+
+
+@pytest.mark.skipif(torch.backends.cuda.is_built(), reason="this build needs no compiler")
+def test_without_a_compiler(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-compiler")
+    with pytest.raises(MachineError, match="no-compiler is not there"), fake_gpu():
+        pass
+    assert not list(tmp_path.iterdir())
