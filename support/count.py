@@ -38,7 +38,6 @@ class Count(TorchDispatchMode):
         super().__init__()
         self.operations: list[Operation] = []
         self.peak = self._live = 0
-        self._known: set[int] = set()
 
     def total(self, field: str) -> int:
         """Sum of `kernels`, `flop` or `bytes`."""
@@ -47,25 +46,20 @@ class Count(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Runs an operation, and counts it."""
         kwargs = kwargs or {}
+        there = {tensor.untyped_storage()._cdata for tensor in tensors_in(args, kwargs)}
         out = func(*args, **kwargs)
         if _launches(func) and any(tensor.is_cuda for tensor in tensors_in(args, kwargs, out)):
             self.operations.append(_operation(func, args, kwargs, out))
         for tensor in tensors_in(out):
-            if tensor.is_cuda:
-                self._follow(tensor.untyped_storage())
+            storage = tensor.untyped_storage()
+            if tensor.is_cuda and storage._cdata not in there:
+                self._add(storage.nbytes())
+                weakref.finalize(storage, self._add, -storage.nbytes())
         return out
 
-    def _follow(self, storage: Any) -> None:
-        key, nbytes = storage._cdata, storage.nbytes()
-        if key not in self._known:
-            self._known.add(key)
-            self._live += nbytes
-            self.peak = max(self.peak, self._live)
-            weakref.finalize(storage, self._forget, key, nbytes)
-
-    def _forget(self, key: int, nbytes: int) -> None:
-        self._known.remove(key)
-        self._live -= nbytes
+    def _add(self, nbytes: int) -> None:
+        self._live += nbytes
+        self.peak = max(self.peak, self._live)
 
 
 def _launches(func: Any) -> bool:
