@@ -98,9 +98,9 @@ def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: boo
 
 @contextmanager
 def fake_gpu() -> Iterator[None]:
-    """Makes tensors fake, those on "cuda" too. Raises MachineError if that takes a C++ compiler and there is none."""
+    """Makes tensors fake, those on "cuda" too. Raises MachineError if there is neither a GPU nor a C++ compiler."""
     with ExitStack() as stack:
-        if not torch.backends.cuda.is_built():
+        if not torch.cuda.is_available():
             shim = _shim()
             shim.exchange()
             stack.callback(shim.exchange)
@@ -117,7 +117,7 @@ def fake_gpu() -> Iterator[None]:
 
 
 def _shim() -> ctypes.CDLL:
-    """What a build of PyTorch without CUDA lacks: `fake_gpu.cpp`, compiled once on a machine."""
+    """What PyTorch lacks without a GPU: `fake_gpu.cpp`, compiled once on a machine."""
     from torch.utils.cpp_extension import get_default_build_root  # only here: it is slow to import
 
     source = Path(__file__).with_suffix(".cpp")

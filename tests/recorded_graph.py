@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from support.watch import tensors_in
 
 
-def tensors_in(*values):
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
-
-
-def memory_of(tensors):
-    return {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
+def memory_of(*values):
+    """What the tensors lie in, each once."""
+    return {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors_in(values)}
 
 
 class Recorder(TorchDispatchMode):
@@ -27,14 +24,13 @@ class Recorder(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError("operation not permitted when stream is capturing")
         kwargs = kwargs or {}
-        inputs = memory_of(tensors_in(args, kwargs))
+        inputs = memory_of(args, kwargs)
         if func._schema.is_mutable:
             for key, memory in inputs.items():
                 if key not in self.before:
                     self.before[key] = memory, memory.clone()
         out = func(*args, **kwargs)
-        made = [memory_of([tensor]).keys() <= inputs.keys() for tensor in tensors_in(out)]
-        if func._schema.is_mutable or not all(made):  # else it is a view, which stays one
+        if func._schema.is_mutable or memory_of(out).keys() - inputs.keys():  # else it is a view, which stays one
             self.operations.append((func, args, kwargs, tensors_in(out)))
         return out
 
