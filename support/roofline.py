@@ -38,8 +38,11 @@ GPUS = {
 
 
 def gpu(text: str) -> Gpu:
-    """A GPU by name, or by its four peaks, `3.35,67,495,989`. Raises ValueError if it is neither."""
-    return GPUS[text] if text in GPUS else Gpu(*map(float, text.split(",")))
+    """A GPU by name, or by its four peaks, `3.35,67,495,989`. Raises ValueError or TypeError if it is neither."""
+    peaks = GPUS[text] if text in GPUS else Gpu(*map(float, text.split(",")))
+    if not min(peaks) > 0:
+        raise ValueError("peaks are above 0")
+    return peaks
 
 
 def least(count: Count, peaks: Gpu, launch: float = 0.0) -> float:

@@ -120,8 +120,9 @@ def test_the_table(compiler, capsys):
         assert launched >= max(least, int(row[3]) * roofline.LAUNCH * 1e6)
 
 
-def test_an_unknown_gpu(capsys):
+@pytest.mark.parametrize("gpu", ["abacus", "1,2,3", "1,2,3,0"])
+def test_no_gpu(capsys, gpu):
     with pytest.raises(SystemExit):
-        bench.main(["count", "--gpu", "abacus"])
+        bench.main(["count", "--gpu", gpu])
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("error: argument --gpu: invalid gpu value: 'abacus'")
+    assert line.endswith(f"error: argument --gpu: invalid gpu value: '{gpu}'")
