@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from files import write_json
 from sac_ae import SacAeAgent
-from support import cuda_graph, report
+from support import cuda_graph, report, roofline
 from support.evaluation import SideBySide, play
 from support.flags import OneLineParser, number, user_path
 from support.machine import check_bf16, cores
@@ -236,13 +236,18 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the command line."""
     parser = OneLineParser(description=__doc__)
     add, commands = parser.add_argument, ("replay", "update", "act", "train", "env", "eval")
-    add("command", choices=[*commands, "all"], help="what to measure")
+    add("command", choices=[*commands, "all", "count"], help="what to measure; count: what updates take at least")
     add("--kind", choices=list(OBS_SHAPES), help="observations; None: both")
     add("--rounds", type=number(int, 1), default=1000 if ON_GPU else 100, help="of a table; it ends after 40 seconds")
     add("--capacity", type=number(int, 1), default=10_000, help="transitions of the replay")
+    add("--gpu", type=roofline.gpu, default="h100", help="of count: h100, a100, 4090, or its peaks TB/s,FP32,TF32,BF16")
     add("--out", type=user_path, help="file for the numbers as JSON")
     args = parser.parse_args(argv)
     kinds, rounds = [args.kind] if args.kind else list(OBS_SHAPES), args.rounds
+    if args.command == "count":
+        with report.one_line(parser.error):
+            roofline.show(args.gpu, {kind: OBS_SHAPES[kind] for kind in kinds}, ACTION_SHAPE, BATCH_SIZE)
+        return
     # By their names among the results, which begin with the command.
     parts: Calls = {"replay": lambda: bench_replay(args.capacity, rounds)}
     for kind in kinds:

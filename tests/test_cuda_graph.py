@@ -1,4 +1,4 @@
-"""Captured updates and actions are the plain ones: here with a stand-in for graphs, and on a GPU with real ones."""
+"""Captured updates and actions are the plain ones: here in a recording, and on a GPU in a real graph."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from recorded_graph import RecordedGraph
 
 from sac_ae import Due, SacAeAgent
 from support import cuda_graph
@@ -28,27 +29,10 @@ class Silent:
         pass
 
 
-class StandIn:
-    """Takes the place of a graph: runs the function at each call, into the same memory."""
-
-    made = 0
-
-    def __init__(self, function, arguments, device, pool):
-        type(self).made += 1
-        self.function, self.arguments, self.result = function, [argument.clone() for argument in arguments], None
-
-    def __call__(self, *arguments):
-        for mine, argument in zip(self.arguments, arguments, strict=True):
-            assert (mine.shape, mine.dtype) == (argument.shape, argument.dtype)
-            mine.copy_(argument)
-        self.result = self.function(*self.arguments)
-        return self.result.clone()
-
-
 @pytest.fixture
-def stand_in(monkeypatch):
-    monkeypatch.setattr(cuda_graph, "Capture", StandIn)
-    monkeypatch.setattr(StandIn, "made", 0)
+def recorded(monkeypatch):
+    monkeypatch.setattr(cuda_graph, "Capture", RecordedGraph)
+    monkeypatch.setattr(RecordedGraph, "made", 0)
 
 
 def make_agent(kind, device="cpu", graphs=False, report=pytest.fail, cls=SacAeAgent, **kwargs):
@@ -127,7 +111,7 @@ STEPS = [20] * 5 + list(range(21, 51))
 
 
 @pytest.mark.parametrize("kind", ["pixel", "state"])
-def test_the_same_as_plain(stand_in, kind):
+def test_the_same_as_plain(recorded, kind):
     results = []
     for graphs in (False, True):
         agent = make_agent(kind, graphs=graphs, critic_target_update_freq=3, decoder_update_freq=2)
@@ -135,23 +119,23 @@ def test_the_same_as_plain(stand_in, kind):
         results[-1][0].append(({"next random number": float(torch.rand(()))}, []))
     assert_equal(*results)
     # Whether the actor is due goes with the decoder, both every second step; the target every third. Three ways to act.
-    assert StandIn.made == 4 + 3
+    assert RecordedGraph.made == 4 + 3
 
 
-def test_default_combinations(stand_in):
+def test_default_combinations(recorded):
     agent, replay = make_agent("pixel", graphs=True), make_replay("pixel")
     for step in STEPS:
         agent.update(replay, Silent(), step)
         assert agent.due(step) == Due(actor=step % 2 == 0, target=step % 2 == 0, decoder=True)
-    assert StandIn.made == 2
+    assert RecordedGraph.made == 2
     assert make_agent("state").due(0) == Due(actor=True, target=True, decoder=False)
 
 
-def test_first_calls_of_a_kind_are_real_and_not_captured(stand_in):
+def test_first_calls_of_a_kind_are_real_and_not_captured(recorded):
     agent, replay = make_agent("state", graphs=True), make_replay("state")
     for count in range(1, 6):
         agent.update(replay, Silent(), 0)
-        assert StandIn.made == (count > cuda_graph.WARMUP)
+        assert RecordedGraph.made == (count > cuda_graph.WARMUP)
 
 
 class Curious(SacAeAgent):
@@ -171,7 +155,7 @@ class Curious(SacAeAgent):
         return metrics | {"train_head/loss": loss.detach()}
 
 
-def test_a_subclass_is_captured_whole(stand_in):
+def test_a_subclass_is_captured_whole(recorded):
     results = []
     for graphs in (False, True):
         agent = make_agent("pixel", graphs=graphs, cls=Curious)
@@ -181,9 +165,33 @@ def test_a_subclass_is_captured_whole(stand_in):
     assert {"head.weight", "head_optimizer.0.exp_avg"} <= set(state(results[1][1]))
 
 
+class Annealed(SacAeAgent):
+    """Its loss has a factor that Python changes at each update."""
+
+    factor = 1.0
+
+    def critic_loss(self, *batch):
+        self.factor *= 0.5
+        return self.factor * super().critic_loss(*batch)
+
+
+def test_a_graph_keeps_a_number_of_the_capture(recorded):
+    """So such an agent is not the same with graphs; these tests would show it."""
+    results = []
+    for graphs in (False, True):
+        agent = make_agent("state", graphs=graphs, cls=Annealed)
+        results.append((train(agent, make_replay("state"), [0] * (cuda_graph.WARMUP + 2)), agent))
+    (plain, _), (graphed, _) = results
+    critic = [[losses["train_critic/loss"] for losses, _ in record] for record in (plain, graphed)]
+    same = cuda_graph.WARMUP + 1  # up to the capture, whose factor is right at its first replay
+    assert critic[1][:same] == pytest.approx(critic[0][:same], rel=1e-6)
+    with pytest.raises(AssertionError):
+        assert_equal(*results, rtol=1e-6)
+
+
 @pytest.mark.parametrize("first", ["update", "act"])
 def test_goes_on_without_if_capture_fails(monkeypatch, first):
-    class Failing(StandIn):
+    class Failing(RecordedGraph):
         def __init__(self, *args):
             super().__init__(*args)
             raise RuntimeError("operation not permitted\nand many lines more")
@@ -199,7 +207,7 @@ def test_goes_on_without_if_capture_fails(monkeypatch, first):
     assert lines == ["going on without CUDA graphs: operation not permitted"]
 
 
-def test_programming_errors_are_not_hidden(stand_in):
+def test_programming_errors_are_not_hidden(recorded):
     agent = make_agent("state", graphs=True)
     with pytest.raises(ValueError, match="empty replay"):
         agent.update(make_replay("state", count=0), Silent(), 0)

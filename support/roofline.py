@@ -1,0 +1,100 @@
+"""The least time that an update takes on a GPU, from what it asks of it: https://doi.org/10.1145/1498765.1498785."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from replay_buffer import ReplayBuffer, Shape
+from sac_ae import Due, SacAeAgent
+from support.count import Count
+from support.fake_gpu import fake_gpu
+from support.watch import Watch
+
+LAUNCH = 2e-6  # seconds from one kernel to the next, in a CUDA graph or from a host that is ahead
+
+
+class Gpu(NamedTuple):
+    """Peaks: of memory in TB/s; of dense products in TFLOP/s, by what their operands are taken for."""
+
+    memory: float
+    fp32: float
+    tf32: float
+    bf16: float
+
+
+GPUS = {
+    # https://www.nvidia.com/en-us/data-center/h100/: SXM. Tensor cores: half of what it gives for sparse products.
+    "h100": Gpu(3.35, 67, 495, 989),
+    # https://www.nvidia.com/en-us/data-center/a100/: 80 GB, SXM.
+    "a100": Gpu(2.04, 19.5, 156, 312),
+    # NVIDIA Ada GPU architecture (white paper), appendix A: bf16 with sums in float32.
+    "4090": Gpu(1.008, 82.6, 82.6, 165),
+}
+
+
+def gpu(text: str) -> Gpu:
+    """A GPU by name, or by its four peaks, `3.35,67,495,989`. Raises ValueError or TypeError if it is neither."""
+    peaks = GPUS[text] if text in GPUS else Gpu(*map(float, text.split(",")))
+    if not min(peaks) > 0:
+        raise ValueError("peaks are above 0")
+    return peaks
+
+
+def least(count: Count, peaks: Gpu, launch: float = 0.0) -> float:
+    """Seconds that the operations take one after the other, if each reaches a peak; `launch` is a kernel's least."""
+    return sum(
+        max(
+            each.flop / getattr(peaks, each.operands) / 1e12,
+            each.bytes / peaks.memory / 1e12,
+            each.kernels * launch,
+        )
+        for each in count.operations
+    )
+
+
+def counts(obs_shape: Shape, action_shape: Shape, batch_size: int, **settings: Any) -> Iterator[tuple[str, Count]]:
+    """Counts of a batch, of updates with and without the actor, and of an action; within `fake_gpu`."""
+    agent = SacAeAgent(obs_shape, action_shape, "cuda", **settings)
+    replay = ReplayBuffer(obs_shape, action_shape, 10, batch_size, "cuda", frames_device="cuda")
+    obs = np.zeros(obs_shape, np.uint8 if len(obs_shape) == 3 else np.float32)
+    replay.add(obs, np.zeros(action_shape), 0.0, obs, False)
+    with Watch(), Count() as count:
+        batch = replay.sample()
+    yield "batch", count
+    for actor, target, name in ((True, True, "update with actor, target"), (False, False, "update without")):
+        due = Due(actor, target, agent.decoder is not None)
+        agent.update_from(batch, due)  # its optimisers make their moments
+        with Watch(capturing=True), Count() as count:
+            agent.update_from(batch, due)
+        yield name, count
+    with Watch(capturing=True), Count() as count:
+        agent.actions(batch[0][:1], True)
+    yield "action", count
+
+
+def show(peaks: Gpu, obs_shapes: Mapping[str, Shape], action_shape: Shape, batch_size: int) -> None:
+    """Prints a table of the counts at default settings, by observations and precision."""
+    numbers = ", ".join(f"{name} {peak:g}" for name, peak in peaks._asdict().items())
+    print(
+        f"Peaks (memory TB/s, products TFLOP/s): {numbers}. Batches of {batch_size}, PyTorch {torch.__version__}.\n"
+        "MB at once: what an update makes, beside weights, moments and batch. Least: microseconds, if each operation "
+        f"reaches a peak; with launches: if no kernel takes less than {LAUNCH * 1e6:g}.\n"
+    )
+    print("| observations | precision | what | kernels | GFLOP | MB moved | MB at once | least | with launches |")
+    print("|---|---|---|--:|--:|--:|--:|--:|--:|")
+    for (kind, shape), precision in itertools.product(obs_shapes.items(), (None, "fp32", "tf32", "bf16")):
+        types = "pixel" if len(shape) == 3 else "identity"
+        settings = {"encoder_type": types, "decoder_type": types, "precision": precision}
+        with fake_gpu():
+            for name, count in counts(shape, action_shape, batch_size, **settings):
+                kernels, flop, moved = map(count.total, ("kernels", "flop", "bytes"))
+                times = [least(count, peaks, launch) * 1e6 for launch in (0.0, LAUNCH)]
+                print(
+                    f"| {kind} | {precision or 'default'} | {name} | {kernels} | {flop / 1e9:.2f} | {moved / 1e6:,.1f} "
+                    f"| {count.peak / 1e6:,.1f} | {times[0]:,.0f} | {times[1]:,.0f} |"
+                )

@@ -1,0 +1,128 @@
+"""Counts that can be checked by hand, and the least times that follow from them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_cuda_graph import SHAPES, SIZES
+
+import bench
+from precision import layers_in
+from support import roofline
+from support.count import Count
+from support.roofline import Gpu
+
+FLOAT = 4  # bytes
+
+
+def ones(*shape, **kwargs):
+    return torch.ones(shape, device="cuda", **kwargs)
+
+
+CASES = {  # of what, its kernels, FLOP and bytes moved
+    "product": (lambda: (ones(4, 8), ones(8, 16)), torch.mm, 1, 2 * 4 * 8 * 16, FLOAT * (4 * 8 + 8 * 16 + 4 * 16)),
+    "sum of two": (lambda: (ones(10), ones(10)), torch.add, 1, 0, FLOAT * 30),
+    "in place": (lambda: (ones(10),), torch.relu_, 1, 0, FLOAT * 20),
+    "overwritten": (lambda: (ones(10),), torch.Tensor.zero_, 1, 0, FLOAT * 10),
+    "a view": (lambda: (ones(2, 3),), torch.t, 0, 0, 0),
+    "expanded": (lambda: (ones(1, 5).expand(7, 5),), torch.neg, 1, 0, FLOAT * (5 + 35)),
+    "in two bytes": (lambda: (ones(10),), torch.Tensor.bfloat16, 1, 0, (FLOAT + 2) * 10),
+    "on the host": (lambda: (torch.ones(3),), torch.neg, 0, 0, 0),
+    "a list": (lambda: ([ones(3), ones(5)],), lambda each: torch._foreach_mul_(each, 2), 1, 0, FLOAT * 16),
+    "a long list": (lambda: ([ones(65536)] * 321,), lambda each: torch._foreach_mul_(each, 2), 2, 0, None),
+    "convolution": (  # of 5 x 5 to 3 x 3; the bias is added to its result
+        lambda: (ones(1, 2, 5, 5), ones(3, 2, 3, 3), ones(3)),
+        F.conv2d,
+        2,
+        2 * 27 * 2 * 9,
+        FLOAT * (50 + 54 + 3 + 27 + 2 * 27),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_by_hand(gpu, name):
+    make, function, *expected = CASES[name]
+    arguments = make()
+    with Count() as count:
+        function(*arguments)
+    counted = [count.total(field) for field in ("kernels", "flop", "bytes")]
+    assert all(number in (None, mine) for number, mine in zip(expected, counted, strict=True)), counted
+
+
+def test_a_module_and_its_gradients(gpu):
+    layer, x = torch.nn.Linear(8, 16, device="cuda"), ones(4, 8)
+    with Count() as count:
+        layer(x).sum().backward()
+    names = [each.name for each in count.operations]
+    assert names == ["addmm", "sum", "ones_like", "mm", "sum"]  # forward, then the gradients of weight and bias
+    assert count.total("flop") == 2 * 2 * 4 * 8 * 16
+
+
+def test_memory_at_once(gpu):
+    x = ones(1000)
+    with Count() as count:
+        y = x.view(10, 100).neg_() + 1  # what was there does not count
+        z = y + 1
+        del y
+        _ = z + 1
+    assert count.peak == 2 * 1000 * FLOAT
+
+
+@pytest.mark.parametrize(
+    ("precision", "product", "convolution"),
+    [(None, "fp32", "tf32"), ("fp32", "fp32", "fp32"), ("tf32", "tf32", "tf32"), ("bf16", "bf16", "bf16")],
+)
+def test_operands(gpu, precision, product, convolution):
+    """As PyTorch's defaults and the project's precisions have it."""
+    matrix, image = ones(4, 4), ones(1, 4, 3, 3)
+    with Count() as count, layers_in(precision, torch.device("cuda")):
+        F.linear(matrix, matrix)
+        F.conv2d(image, image)
+    assert [each.operands for each in count.operations if each.flop] == [product, convolution]
+
+
+def test_least_times(gpu):
+    """Of each operation the slowest of three: FLOP, bytes, launch."""
+    matrix = ones(100, 100)
+    with Count() as count:
+        matrix @ matrix
+        matrix + matrix
+    compute, move = 2e6 / 1e12, FLOAT * 3e4 / 1e12
+    assert roofline.least(count, Gpu(1, 1, 1, 1)) == pytest.approx(compute + move)
+    assert roofline.least(count, Gpu(1, 1000, 1, 1)) == pytest.approx(2 * move)
+    assert roofline.least(count, Gpu(1, 1, 1, 1), launch=1e-3) == pytest.approx(2e-3)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_updates(gpu, kind):
+    """More with the actor than without; the same again."""
+    types = "pixel" if kind == "pixel" else "identity"
+    settings = SIZES | {"encoder_type": types, "decoder_type": types}
+    once, again = (dict(roofline.counts(SHAPES[kind], (2,), 8, **settings)) for _ in range(2))
+    _, full, without, action = once.values()
+    for field in ("kernels", "flop", "bytes"):
+        assert full.total(field) > without.total(field) > action.total(field) > 0
+    assert full.peak > 0
+    assert {name: (count.operations, count.peak) for name, count in once.items()} == {
+        name: (count.operations, count.peak) for name, count in again.items()
+    }
+
+
+def test_the_table(compiler, capsys):
+    bench.main(["count", "--kind", "state", "--gpu", "1,2,3,4"])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| state")]
+    assert [row[1] for row in rows[::4]] == ["default", "fp32", "tf32", "bf16"]
+    for row in rows:
+        least, launched = (float(cell.replace(",", "")) for cell in row[-2:])
+        assert launched >= max(least, int(row[3]) * roofline.LAUNCH * 1e6)
+
+
+@pytest.mark.parametrize("gpu", ["abacus", "1,2,3", "1,2,3,0"])
+def test_no_gpu(capsys, gpu):
+    with pytest.raises(SystemExit):
+        bench.main(["count", "--gpu", gpu])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"error: argument --gpu: invalid gpu value: '{gpu}'")

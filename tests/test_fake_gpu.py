@@ -1,0 +1,171 @@
+"""On a GPU that is not there: nothing mixes devices, no update waits for the GPU, and a CUDA graph can hold it."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from concurrent.futures import Future
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+import toy
+from test_cuda_graph import SHAPES, Silent, make_agent, make_replay
+from test_logger import read_events
+from test_train import SMALL, read_log
+
+import train
+from agent import Agent
+from errors import MachineError
+from sac_ae import Due, SacAeAgent
+from settings import Precision
+from support import cuda_graph, prefetch
+from support.fake_gpu import fake_gpu
+from support.watch import NotCapturableError, WaitsError, Watch
+
+PRECISIONS = [None, *get_args(Precision)]
+DUE = [Due(*due) for due in itertools.product((False, True), repeat=3)]
+
+
+class Inline:
+    """In place of a thread pool: a watch sees only its own thread."""
+
+    def __init__(self, *_args, **_kwargs):
+        pass
+
+    def submit(self, function, *args):
+        future = Future()
+        future.set_result(function(*args))
+        return future
+
+
+@pytest.fixture(autouse=True)
+def inline(monkeypatch):
+    monkeypatch.setattr(prefetch, "ThreadPoolExecutor", Inline)
+
+
+def observation(kind, *more):
+    return np.zeros((*more, *SHAPES[kind]), np.uint8 if kind == "pixel" else np.float64)
+
+
+def act(agent, kind):
+    return agent.sample_action(observation(kind)), agent.select_actions(observation(kind, 3))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kind", SHAPES)
+def test_every_update(gpu, kind, precision):
+    """Whatever is due: on its own, and in a CUDA graph."""
+    agent = make_agent(kind, "cuda", precision=precision)
+    batch = make_replay(kind, "cuda", "cuda").sample()
+    for due in DUE:
+        if agent.decoder is not None or not due.decoder:
+            with Watch():
+                metrics = agent.update_from(batch, due)
+            with Watch(capturing=True):
+                assert agent.update_from(batch, due).keys() == metrics.keys()
+            assert all(value.is_cuda for value in metrics.values())
+
+
+@pytest.mark.parametrize("frames_device", ["cuda", "cpu"])
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("kind", SHAPES)
+def test_the_loop(gpu, kind, graphs, frames_device):
+    """Nothing waits but an action: for its result, and for the copy of its observation if there is no graph."""
+    agent, replay = make_agent(kind, "cuda", graphs), make_replay(kind, "cuda", frames_device)
+    assert isinstance(replay, prefetch.Prefetched) == (frames_device == "cpu")
+    for step in range(2 * cuda_graph.WARMUP + 4):  # two kinds of update
+        with Watch(waits=2 if graphs and step >= cuda_graph.WARMUP else 4):
+            actions = act(agent, kind)
+        assert [action.shape for action in actions] == [(2,), (3, 2)]
+        with Watch():
+            agent.update(replay, Silent(), step)
+            replay.add(observation(kind), np.zeros(2), 0.0, observation(kind), False, first=True)
+    with pytest.raises(WaitsError, match="host memory"), Watch():
+        act(agent, kind)
+
+
+@pytest.mark.parametrize(("kind", "replay_device"), [("pixel", "cpu"), ("identity", "cuda")])
+def test_a_run_and_its_resume(gpu, kind, replay_device, tmp_path, monkeypatch):
+    """Evaluation, logs, histograms, models and checkpoints; no update waits."""
+    update = Agent.update
+
+    def watched(self, *args):
+        with Watch():
+            return update(self, *args)
+
+    monkeypatch.setattr(Agent, "update", watched)
+    monkeypatch.setattr(train, "make_env", toy.make_toy_env)
+    flags = [*SMALL, "--encoder_type", kind, "--decoder_type", kind, "--device", "cuda", "--checkpoint_minutes", "0"]
+    flags += ["--replay_device", replay_device, "--save_tb", "--save_model", "--save_buffer", "--work_dir"]
+    assert train.main([*flags, str(tmp_path / "log")]) == 0
+    assert train.main([*flags, str(tmp_path / "log"), "--resume", "--num_train_steps", "80"]) == 0
+    assert [start["step"] for start in read_log(tmp_path / "log" / "starts.log")] == [0, 60]
+    assert [record["step"] for record in read_log(tmp_path / "log" / "eval.log")] == [0, 40, 80]
+    histograms = read_events(tmp_path / "log").Tags()["histograms"]
+    assert {"train_actor/trunk.0_weight", "train_actor/trunk.0_output"} <= set(histograms)
+
+
+CONTROLS = {  # a fault, and what is raised without a graph and in one
+    "item": (lambda loss, batch: loss.item(), WaitsError, WaitsError),
+    "if": (lambda loss, batch: 1 if loss > 0 else 2, WaitsError, WaitsError),
+    "cpu": (lambda loss, batch: loss.detach().cpu(), WaitsError, WaitsError),
+    "mask": (lambda loss, batch: batch[2][batch[4].bool()].sum(), WaitsError, WaitsError),
+    "nonzero": (lambda loss, batch: batch[4].nonzero(), WaitsError, WaitsError),
+    "synchronize": (lambda loss, batch: torch.cuda.synchronize(), WaitsError, WaitsError),
+    "tensor on the host": (lambda loss, batch: torch.tensor(1.0), None, NotCapturableError),
+    "work on the host": (lambda loss, batch: torch.from_numpy(np.ones(3)) + 1, None, NotCapturableError),
+    "copy from the host": (
+        lambda loss, batch: torch.from_numpy(np.ones(3)).to("cuda", non_blocking=True),
+        None,
+        NotCapturableError,
+    ),
+    "tensor to the GPU": (lambda loss, batch: torch.tensor([1.0], device="cuda"), WaitsError, NotCapturableError),
+    "blocking copy": (lambda loss, batch: torch.from_numpy(np.ones(3)).to("cuda"), WaitsError, NotCapturableError),
+    "mixed devices": (lambda loss, batch: batch[2] * torch.ones(8, 1), RuntimeError, NotCapturableError),
+}
+
+
+def add_to_the_loss(monkeypatch, fault):
+    critic_loss = SacAeAgent.critic_loss
+
+    def faulty(self, *batch):
+        loss = critic_loss(self, *batch)
+        fault(loss, batch)
+        return loss
+
+    monkeypatch.setattr(SacAeAgent, "critic_loss", faulty)
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+@pytest.mark.parametrize("name", CONTROLS)
+def test_faults_are_caught(gpu, name, capturing, monkeypatch):
+    """Each in the critic's loss. What a graph cannot hold is no fault without one, unless it waits."""
+    fault, *errors = CONTROLS[name]
+    agent, batch = make_agent("state", "cuda"), make_replay("state", "cuda", "cuda").sample()
+    with Watch():
+        agent.update_from(batch, Due(True, True, False))
+    add_to_the_loss(monkeypatch, fault)
+    error = errors[capturing]
+    with pytest.raises(error) if error else contextlib.nullcontext(), Watch(capturing=capturing):
+        agent.update_from(batch, Due(True, True, False))
+
+
+def test_a_fault_is_caught_at_the_capture(gpu, monkeypatch):
+    """Of the graphs that a run makes."""
+    agent, replay = make_agent("state", "cuda", graphs=True), make_replay("state", "cuda", "cuda")
+    add_to_the_loss(monkeypatch, CONTROLS["tensor on the host"][0])
+    for _ in range(cuda_graph.WARMUP):
+        agent.update(replay, Silent(), 0)
+    with pytest.raises(NotCapturableError, match="host memory"):
+        agent.update(replay, Silent(), 0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU there is no need of a compiler")
+def test_without_a_compiler(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-compiler")
+    with pytest.raises(MachineError, match="no-compiler is not there"), fake_gpu():
+        pass
+    assert not list(tmp_path.iterdir())
