@@ -16,6 +16,7 @@ import cloudpickle
 import numpy as np
 import psutil
 import pytest
+from programs import Program
 from test_train import METHODS, SMALL, read_log, without_times
 
 import dmc2gym
@@ -238,10 +239,7 @@ def test_no_process_outlives_the_run(tmp_path, ending, moment):
     """Killed, or interrupted as a terminal does it, all processes at once: nothing is left, and little is said."""
     flags = [*SMALL, *METHODS["sac_state"], "--eval_workers", "2", "--num_train_steps", "100000"]
     flags += ["--work_dir", str(tmp_path / "log")]
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *flags],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+    process = Program("train.py", *flags)
     if moment == "starting":
         while len(workers_of(process)) < 2:
             time.sleep(0.02)
