@@ -115,11 +115,13 @@ def family(process):
     return []
 
 
-@pytest.mark.parametrize("kind", [PIXELS, ("--num_train_steps", "600")], ids=["pixel", "state"])
+@pytest.mark.parametrize(
+    "kind", [("--num_train_steps", "165", *PIXELS), ("--num_train_steps", "600")], ids=["pixel", "state"]
+)
 def test_killed_at_random_moments(tmp_path, uninterrupted, kind):
     """Again and again, among other moments in the middle of a checkpoint; it ends like one that never stopped."""
     moments, folder, kills = random.Random(len(kind)), tmp_path / "log", 0
-    flags = ["--eval_workers", "2" if kind == PIXELS else "1", "--resume", *kind]
+    flags = ["--eval_workers", "2" if "pixel" in kind else "1", "--resume", *kind]
     for _ in range(20 if LONG else 3):
         process = start(folder, *flags)
         process.stdout.readline()
