@@ -766,7 +766,10 @@ def test_a_gpu_without_room(tmp_path, monkeypatch, capsys):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")
 
     monkeypatch.setattr(train.SacAeAgent, "update", update)
-    assert train.main([*SMALL, "--num_train_steps", "1100", "--work_dir", str(tmp_path / "log")]) == 1
+    assert (
+        train.main([*SMALL, *METHODS["sac_state"], "--num_train_steps", "1100", "--work_dir", str(tmp_path / "log")])
+        == 1
+    )
     error = capsys.readouterr().err
     assert "error: CUDA out of memory. Tried to allocate 2 GiB.; --resume" in error
     assert "--replay_device cpu" in error
