@@ -33,6 +33,17 @@ RUN = "import json, sys, toy, train; {}; sys.exit(max(train.main(flags) for flag
 RUN_SUITE, RUN_TOY = RUN.format("pass"), RUN.format("train.make_env = toy.make_sliding_env")
 
 
+# A program that is run several times.
+RUN_PROGRAM = """
+import json, runpy, sys
+for sys.argv in json.loads(sys.argv[1]):
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as exit_:
+        assert exit_.code == 0
+"""
+
+
 def environment():
     return os.environ | {"PYTHONPATH": str(ROOT / "tests"), "GIT_CEILING_DIRECTORIES": "/"}
 
@@ -126,9 +137,10 @@ def test_an_environment_of_ones_own(tmp_path):
     """With processes that play evaluation episodes: they get the script's function."""
     folder = patched(tmp_path / "project", "environment")
     command = ["my_train.py", *TINY, *STATES, "--eval_workers", "2", "--work_dir", str(tmp_path / "log")]
-    done = run(folder, *command, "--num_train_steps", "40")
+    starts = [[*command, "--num_train_steps", "40"], [*command, "--resume", "--num_train_steps", "210"]]
+    done = run(folder, "-c", RUN_PROGRAM, json.dumps(starts))
     assert "observation: (3,) float32" in done.stdout
-    run(folder, *command, "--resume", "--num_train_steps", "210")
+    assert "resuming at step 40" in done.stdout
     (record,) = log_of(tmp_path / "log")
     assert record["step"] == 200  # an episode of the pendulum
     assert record["episode_reward"] < 0

@@ -9,7 +9,6 @@ import pickle
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -18,6 +17,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from programs import Program
 from test_train import METHODS, SMALL, read_log
 from toy import make_sliding_env, make_task
 
@@ -542,8 +542,7 @@ def test_bad_input(runs, capsys, flags):
 
 
 def test_interrupt(runs):
-    command = [sys.executable, "evaluate.py", str(runs / "sac_state"), "--episodes", "20", *CPU]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = Program("evaluate.py", runs / "sac_state", "--episodes", "20", *CPU)
     assert process.stdout.readline().startswith("models: ")
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130

@@ -16,7 +16,9 @@ import cloudpickle
 import numpy as np
 import psutil
 import pytest
+from programs import Program
 from test_train import METHODS, SMALL, read_log, without_times
+from toy import make_toy_env
 
 import dmc2gym
 import train
@@ -27,12 +29,12 @@ from support.evaluation import EpisodeError, SideBySide
 ROOT = Path(__file__).parent.parent
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers then need not import it, nor PyTorch
 make_env = functools.partial(
-    dmc2gym.make, "cartpole", "swingup", from_pixels=True, height=16, width=16, frame_skip=8, episode_length=80
+    dmc2gym.make, "cartpole", "swingup", from_pixels=True, height=16, width=16, frame_skip=8, episode_length=32
 )
 
 
-def play(envs, seeds, count=12):
-    """Observations, rewards and ends of some steps with actions that depend on what is seen."""
+def play(envs, seeds, count=6):
+    """Observations, rewards and ends of more steps than an episode has, with actions that depend on what is seen."""
     record = [envs.reset(seeds)]
     for _ in range(count):
         actions = np.sin(record[-1].reshape(len(seeds), -1).sum(axis=1, keepdims=True))
@@ -41,28 +43,35 @@ def play(envs, seeds, count=12):
     return record
 
 
-@pytest.mark.parametrize("num_workers", [2, 3, 9])
-def test_processes_change_nothing(num_workers):
-    seeds = [[5, 6, 7], [8, 5, 9]]
-    here, there = SideBySide(make_env, 3, 1), SideBySide(make_env, 3, num_workers)
+def play_all(num_workers):
+    """What three environments show in two evaluations and in a picture after them."""
+    envs = SideBySide(make_env, 3, num_workers)
     try:
-        for chosen in seeds:
-            for ours, theirs in zip(play(here, chosen), play(there, chosen), strict=True):
-                assert np.array_equal(ours, theirs)
-        picture = {"mode": "rgb_array", "height": 20, "width": 24, "camera_id": 1}
-        assert np.array_equal(here.render(**picture), there.render(**picture))
+        record = [array for seeds in ([5, 6, 7], [8, 5, 9]) for array in play(envs, seeds)]
+        return [*record, envs.render(mode="rgb_array", height=20, width=24, camera_id=1)]
     finally:
-        here.close()
-        there.close()
+        envs.close()
+
+
+@pytest.fixture(scope="module")
+def in_this_process():
+    """Made once, because each environment starts a renderer."""
+    return play_all(1)
+
+
+@pytest.mark.parametrize("num_workers", [2, 3, 9])
+def test_processes_change_nothing(in_this_process, num_workers):
+    for ours, theirs in zip(in_this_process, play_all(num_workers), strict=True):
+        assert np.array_equal(ours, theirs)
 
 
 def test_each_episode_is_the_one_of_its_seed():
     envs, alone = SideBySide(make_env, 3, 1), make_env()
     obs = envs.reset([4, 5, 6])
-    rewards = sum(envs.step(np.full((3, 1), 0.3))[1] for _ in range(10))
+    rewards = sum(envs.step(np.full((3, 1), 0.3))[1] for _ in range(4))
     for index, seed in enumerate((4, 5, 6)):
         assert np.array_equal(alone.reset(seed=seed)[0], obs[index])
-        assert sum(alone.step(np.full(1, 0.3))[1] for _ in range(10)) == rewards[index]
+        assert sum(alone.step(np.full(1, 0.3))[1] for _ in range(4)) == rewards[index]
     envs.close()
     alone.close()
 
@@ -133,6 +142,7 @@ def test_the_number_of_environments_does_not_grow_with_the_episodes(tmp_path, mo
     """Nor with the processes; each takes memory, and a renderer's context, of which drivers allow few."""
     made = []
     side_by_side = train.SideBySide
+    monkeypatch.setattr(train, "make_env", make_toy_env)
     monkeypatch.setattr(train, "SideBySide", lambda *args: made.append(args[1:]) or side_by_side(*args))
     flags = "--num_train_steps 1 --num_eval_episodes 23 --action_repeat 500".split()
     workers = ["--eval_workers", str(num_workers)]
@@ -195,14 +205,7 @@ def test_a_run_gives_the_same_with_processes(tmp_path):
     """The whole program: returns are equal to the last bit, and so are videos."""
     flags = [
         "--save_video",
-        "--num_train_steps",
-        "30",
-        "--eval_freq",
-        "20",
-        "--num_eval_episodes",
-        "3",
-        "--action_repeat",
-        "200",
+        *"--num_train_steps 12 --init_steps 6 --eval_freq 8 --num_eval_episodes 2 --action_repeat 250".split(),
     ]
     logs = []
     for workers in ("1", "2"):
@@ -238,10 +241,7 @@ def test_no_process_outlives_the_run(tmp_path, ending, moment):
     """Killed, or interrupted as a terminal does it, all processes at once: nothing is left, and little is said."""
     flags = [*SMALL, *METHODS["sac_state"], "--eval_workers", "2", "--num_train_steps", "100000"]
     flags += ["--work_dir", str(tmp_path / "log")]
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *flags],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+    process = Program("train.py", *flags)
     if moment == "starting":
         while len(workers_of(process)) < 2:
             time.sleep(0.02)

@@ -15,6 +15,7 @@ import numpy as np
 import own_env
 import pytest
 from own_env import OwnEnv
+from programs import Program
 from test_logger import read_events
 from test_resume import checkpoint_of, contents, outcome
 from test_train import assert_refused, read_log
@@ -168,6 +169,14 @@ def start(folder, *flags):
     )  # fmt: skip
 
 
+def program(folder, *flags):
+    """The same without its imports."""
+    path = folder.parent / "program.py"
+    path.write_text(PROGRAM)
+    paths = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    return Program(path, *RUN, *flags, "--work_dir", folder, PYTHONPATH=paths)
+
+
 def wait_for(process, words):
     assert any(line.startswith(words) for line in process.stdout), process.stderr.read()
 
@@ -175,14 +184,14 @@ def wait_for(process, words):
 def test_a_killed_program_goes_on(tmp_path, uninterrupted):
     """With a function of its own `__main__`, two processes and videos."""
     folder, flags = tmp_path / "log", ["--eval_workers", "2", "--save_video"]
-    process = start(folder, *flags)
+    process = program(folder, *flags)
     wait_for(process, "| train | E: 4 ")
     time.sleep(random.uniform(0, 0.3))
     process.kill()
     _, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr) == (-signal.SIGKILL, "")
     assert checkpoint_of(folder)["progress"]["step"] < 80
-    process = start(folder, *flags, "--resume")
+    process = program(folder, *flags, "--resume")
     printed, stderr = process.communicate(timeout=300)
     assert (process.returncode, stderr) == (0, "")
     assert "resuming at step" in printed

@@ -14,7 +14,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import termios
 import threading
 import time
@@ -27,6 +26,7 @@ import pytest
 import torch
 import toy
 from forked import Forked
+from programs import Program
 from test_train import open_run, read_log, without_times
 
 import files
@@ -115,15 +115,17 @@ def family(process):
     return []
 
 
-@pytest.mark.parametrize("kind", [PIXELS, ("--num_train_steps", "1000")], ids=["pixel", "state"])
+@pytest.mark.parametrize(
+    "kind", [("--num_train_steps", "165", *PIXELS), ("--num_train_steps", "600")], ids=["pixel", "state"]
+)
 def test_killed_at_random_moments(tmp_path, uninterrupted, kind):
     """Again and again, among other moments in the middle of a checkpoint; it ends like one that never stopped."""
     moments, folder, kills = random.Random(len(kind)), tmp_path / "log", 0
-    flags = ["--eval_workers", "2" if kind == PIXELS else "1", "--resume", *kind]
+    flags = ["--eval_workers", "2" if "pixel" in kind else "1", "--resume", *kind]
     for _ in range(20 if LONG else 3):
         process = start(folder, *flags)
         process.stdout.readline()
-        time.sleep(moments.uniform(0, 2))
+        time.sleep(moments.uniform(0, 1.2))
         others = family(process)
         process.kill()
         _, stderr = process.communicate()
@@ -131,25 +133,28 @@ def test_killed_at_random_moments(tmp_path, uninterrupted, kind):
         assert stderr == ""
         kills += process.returncode == -signal.SIGKILL
     assert kills >= (10 if LONG else 2)
-    assert train.main([*RUN, *flags, "--work_dir", str(folder)]) == 0
+    assert train.main([*RUN, *flags, "--eval_workers", "1", "--work_dir", str(folder)]) == 0
     assert outcome(folder) == uninterrupted(*kind)
 
 
 def test_the_simulator_goes_on_as_well(tmp_path, monkeypatch):
     """A real program on a real task from pixels, stopped and killed in an episode."""
     monkeypatch.setattr(train, "make_env", toy.make_task)
-    flags = [*PIXELS, "--num_train_steps", "70", "--num_eval_episodes", "1", "--eval_freq", "50", "--resume"]
+    flags = [*PIXELS, *"--action_repeat 100 --init_steps 15 --num_train_steps 45 --eval_freq 40".split(), "--resume"]
+    flags += ["--num_eval_episodes", "1"]
     assert train.main([*RUN, *flags, "--work_dir", str(tmp_path / "whole")]) == 0
-    command = [sys.executable, "train.py", *RUN, *flags, "--eval_workers", "2", "--work_dir", str(tmp_path / "log")]
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            for line in process.stdout:
-                if line.startswith("| train | E: 2"):
-                    break
-            time.sleep(0.05)
-            process.send_signal(number)
-            process.communicate(timeout=60)
-        assert process.returncode in (143, -signal.SIGKILL, 0)
+    for number, status, line_before in (
+        (signal.SIGTERM, 143, "| train | E: 2"),
+        (signal.SIGKILL, -9, "| train | E: 3"),
+    ):
+        process = Program("train.py", *RUN, *flags, "--eval_workers", "2", "--work_dir", tmp_path / "log")
+        for line in process.stdout:
+            if line.startswith(line_before):
+                break
+        time.sleep(0.05)
+        process.send_signal(number)
+        process.communicate()
+        assert process.returncode == status
     assert train.main([*RUN, *flags, "--work_dir", str(tmp_path / "log")]) == 0
     assert outcome(tmp_path / "log") == outcome(tmp_path / "whole")
 
@@ -158,17 +163,17 @@ def test_the_simulator_goes_on_as_well(tmp_path, monkeypatch):
 @pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
 def test_killed_at_each_step_of_writing(tmp_path, uninterrupted, ended, flag, kill):
     """At the start, too, when the folder is made or another run removed from it: it can always be resumed."""
-    folder = tmp_path / "log"
+    folder, short = tmp_path / "log", ("--num_train_steps", "125")
     if flag == "--overwrite":
         shutil.copytree(ended[1], folder)
-    process = start(folder, flag, prepare=functools.partial(forked.die_at, kill))
+    process = start(folder, flag, *short, prepare=functools.partial(forked.die_at, kill))
     assert process.communicate()[1] == ""
     assert process.returncode == -signal.SIGKILL
     if flag == "--overwrite" and kill < 5:  # the other run may still be there, whole
-        assert train.main([*RUN, "--overwrite", "--work_dir", str(folder)]) == 0
+        assert train.main([*RUN, *short, "--overwrite", "--work_dir", str(folder)]) == 0
     else:
-        assert train.main([*RUN, "--resume", "--work_dir", str(folder)]) == 0
-    assert outcome(folder) == uninterrupted()
+        assert train.main([*RUN, *short, "--resume", "--work_dir", str(folder)]) == 0
+    assert outcome(folder) == uninterrupted(*short)
 
 
 PHASES = {
@@ -185,9 +190,8 @@ PHASES = {
 )
 def test_stopped_by_a_signal(tmp_path, uninterrupted, phase, number):
     """Soon, with a word of how to go on; and it goes on."""
-    folder, kind = tmp_path / "log", PIXELS if number == signal.SIGTERM else ()
-    flags = ["--eval_workers", "2", *kind]
-    process = start(folder, *flags, "--resume")
+    folder, kind = tmp_path / "log", ("--num_train_steps", "165", *(PIXELS if number == signal.SIGTERM else ()))
+    process = start(folder, "--eval_workers", "2", *kind, "--resume")
     for line in process.stdout:
         if PHASES[phase](line):
             break
@@ -199,7 +203,7 @@ def test_stopped_by_a_signal(tmp_path, uninterrupted, phase, number):
     assert f"stopped by {number.name} at step" in stderr
     assert stderr.count("\n") == 1
     assert WorkDir(folder).checkpoint.exists()
-    assert train.main([*RUN, *flags, "--resume", "--work_dir", str(folder)]) == 0
+    assert train.main([*RUN, *kind, "--resume", "--work_dir", str(folder)]) == 0
     assert outcome(folder) == uninterrupted(*kind)
 
 
@@ -725,10 +729,10 @@ def test_read_only_disk(small_disk, uninterrupted, monkeypatch, capsys):
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last(tmp_path, monkeypatch, capsys, uninterrupted):
     """Whichever of its writes fails."""
-    fsync = os.fsync
+    fsync, short = os.fsync, ("--num_train_steps", "95")
     for failing in range(1, 8):
         folder = tmp_path / str(failing)
-        flags = [*RUN, "--checkpoint_freq", "70", "--checkpoint_minutes", "1000", "--work_dir", str(folder)]
+        flags = [*RUN, *short, "--checkpoint_freq", "30", "--checkpoint_minutes", "1000", "--work_dir", str(folder)]
         calls = []
 
         def fail(descriptor, calls=calls, failing=failing):
@@ -743,9 +747,9 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last(tmp_path, monkeypat
             patch.setattr(os, "fsync", fail)
             assert train.main(flags) == 1
         assert "Input/output error" in capsys.readouterr().err
-        assert step_of(folder) in (80, 160)
+        assert step_of(folder) in (40, 80)
         assert train.main([*flags, "--resume"]) == 0
-        assert outcome(folder) == uninterrupted()
+        assert outcome(folder) == uninterrupted(*short)
 
 
 @pytest.mark.parametrize("program", ["train", "evaluate"])

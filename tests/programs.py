@@ -1,0 +1,116 @@
+"""Programs of the project without their imports: forked from a server that has imported what they need.
+
+A fork runs the program's file as `__main__`, with its own streams, environment and session. The server never renders
+and has one thread, unlike the process of the tests, so that a fork of it can render. What imports do before a
+program begins is not tested by it; a test of that starts a real process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import resource
+import runpy
+import signal
+import sys
+from multiprocessing import forkserver
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+ROOT = Path(__file__).parent.parent
+IMPORTED = "train evaluate plot sweep dm_control.suite torch._dynamo torch.utils.tensorboard imageio_ffmpeg".split()
+STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
+
+
+class Program:
+    """`python NAME FLAGS`, started in the project's folder. Its methods are those of subprocess.Popen that tests need.
+
+    Args:
+        closed: standard streams, by number, that are closed.
+        largest_file: bytes; a write beyond fails as on a disk that is full.
+        stderr: a file descriptor to use instead of a pipe.
+        environment: variables on top of this process's.
+    """
+
+    def __init__(self, name, *flags, closed=(), largest_file=None, stderr=None, **environment):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED)
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        with mock.patch.dict(os.environ, {"PYTHONPATH": paths}):
+            forkserver.ensure_running()
+        readers, writers = zip(*(context.Pipe(duplex=False) for _ in range(2)), strict=True)
+        if stderr is not None:
+            writers[1].close()
+            writers = (writers[0], multiprocessing.connection.Connection(os.dup(stderr), readable=False))
+        arguments = ([str(ROOT / name), *map(str, flags)], os.environ | environment, writers, closed, largest_file)
+        self._process = context.Process(target=run, args=arguments, daemon=True)
+        self._process.start()
+        for writer in writers:
+            writer.close()
+        self.pid = self._process.pid
+        self.stdout, self.stderr = (os.fdopen(os.dup(reader.fileno())) for reader in readers)
+
+    @property
+    def returncode(self):
+        return self._process.exitcode
+
+    def send_signal(self, number):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self, timeout=60):
+        self._process.join(timeout)
+        if self.returncode is None:
+            self.kill()
+            raise TimeoutError
+        return self.returncode
+
+    def communicate(self, timeout=60):
+        """What it prints from now on."""
+        try:
+            return self.stdout.read(), self.stderr.read()
+        finally:
+            self.wait(timeout)
+            self.stdout.close()
+            self.stderr.close()
+
+
+def run_program(name, *flags, **options):
+    """A program's end, as subprocess.run gives it."""
+    process = Program(name, *flags, **options)
+    stdout, stderr = process.communicate(timeout=100)
+    return SimpleNamespace(returncode=process.returncode, stdout=stdout, stderr=stderr)
+
+
+def run(argv, environment, writers, closed, largest_file):
+    """In the fork: what a shell and Python's start do, and then the program."""
+    os.setsid()
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    null = os.open(os.devnull, os.O_RDONLY)
+    sources = (null, *(writer.fileno() for writer in writers))
+    for descriptor, source in enumerate(sources):
+        os.dup2(source, descriptor)
+    os.close(null)
+    for writer in writers:
+        writer.close()
+    encoding, _, errors = environment.get("PYTHONIOENCODING", "utf-8:strict").partition(":")
+    for descriptor, (name, mode) in enumerate(STREAMS):
+        if descriptor in closed:
+            os.close(descriptor)
+            setattr(sys, name, None)
+        else:
+            buffering = 1 if name == "stderr" else -1
+            setattr(sys, name, open(descriptor, mode, buffering, encoding, errors, closefd=False))  # noqa: SIM115
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
