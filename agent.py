@@ -1,4 +1,4 @@
-"""What is not special to SAC+AE: acting, updating from a replay, saving, loading."""
+"""Base class of agents: acting, updating from a replay, saving, loading."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Metrics = dict[str, Tensor]
 
 
 class Agent:
-    """Acts, updates, saves and loads. A subclass sets what is declared here; all that it trains is found."""
+    """Acts, updates, saves and loads. A subclass sets these attributes; its networks are found."""
 
     settings: Settings
     device: torch.device
@@ -102,7 +102,7 @@ class Agent:
         return send(tensor, self.device).to(dtype, memory_format=layout)
 
     def minimise(self, loss: Tensor, *optimizers: Optimizer, inputs: list[Tensor] | None = None) -> Tensor:
-        """Steps each optimiser. Gradients go to `inputs`; None: to all tensors. Returns the loss, detached."""
+        """One update of each optimiser. Only `inputs` get gradients; None: all. Returns the loss, detached."""
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward(inputs=inputs)
@@ -111,7 +111,7 @@ class Agent:
         return loss.detach()
 
     def train(self, training: bool = True) -> None:
-        """Sets training or evaluation mode of every network. One whose parameters are frozen never trains."""
+        """Sets training or evaluation mode of every network. A frozen network stays in evaluation mode."""
         self.training = training
         for network in self.networks.values():
             network.train(training and any(parameter.requires_grad for parameter in network.parameters()))

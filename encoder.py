@@ -13,7 +13,7 @@ from precision import layers_dtype
 
 
 def conv_output_shape(height: int, width: int, num_layers: int) -> tuple[int, int]:
-    """Height and width (pixels) that `num_layers` convolutions leave of an image.
+    """Height and width of an image after `num_layers` convolutions.
 
     3x3 kernels without padding, the first one with stride 2, the others with stride 1 (paper, appendix B.1).
 
@@ -80,7 +80,7 @@ class PixelEncoder(nn.Module):
         return torch.tanh(self.ln(self.fc(hidden).to(self.ln.weight.dtype)))
 
     def copy_conv_weights_from(self, source: Any) -> None:
-        """Makes the convolutions the very parameters of `source`; linear and LayerNorm stay this encoder's own."""
+        """Shares the convolutions' parameters with `source`; linear layer and LayerNorm are not shared."""
         for src, trg in zip(source.convs, self.convs, strict=True):
             tie_weights(src, trg)
 

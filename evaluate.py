@@ -49,7 +49,7 @@ def make_parser() -> OneLineParser:
     add("step", number(int, 0), None, "decisions after which the models were saved; None: newest")
     add("episodes", Count, 10, "episodes to play, up to ten side by side")
     add("seed", number(int, 0, 2**32 - 1), 1_000_000, "of the episodes; not those of training")
-    add("video", user_path, None, "an mp4 of the first episode, which must not exist yet")
+    add("video", user_path, None, "new mp4 file for a video of the first episode")
     add("eval_workers", Count, cores(), "processes that play, at most one for each episode; 1 plays in this one")
     add("device", str, "cuda" if torch.cuda.is_available() else "cpu", "where networks live")
     add("precision", Precision | None, None, "of layers; None is the run's")
@@ -83,7 +83,7 @@ def training_flags(work_dir: Path, words: list[str]) -> tuple[argparse.Namespace
     """The flags that the models were trained with, and whether an args.json in the run's folder says so.
 
     Raises:
-        UserError: the args.json is none of train.py's, or says otherwise than `words`, flags on the command line.
+        UserError: args.json is not from train.py, or contradicts `words`, the flags of the command line.
     """
     parser = train.make_parser()
     flags, given = parser.parse_args(words), parser.given(words)

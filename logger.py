@@ -84,8 +84,8 @@ class Logger:
         """
         if not key.startswith(PREFIXES):
             raise ValueError(f"the key {key!r} begins with none of {', '.join(LINES)}")
-        # Tensors in host memory become numbers at once: small as they are, each would keep a gap between an update's
-        # large tensors from being filled (https://sourceware.org/glibc/wiki/MallocInternals).
+        # Convert CPU tensors to floats at once: small live tensors would fragment the heap between an update's large
+        # ones (https://sourceware.org/glibc/wiki/MallocInternals).
         kept = value.detach() if isinstance(value, Tensor) and value.device.type != "cpu" else float(value)
         self._values[key].append((kept, n, step))
 
@@ -114,7 +114,7 @@ class Logger:
             _mean(key, values)
 
     def state(self, step: int) -> dict[str, Any]:
-        """What waits for its line, and how long the log files are, in bytes; they are on the disk afterwards."""
+        """Values not yet written, and sizes of the log files, which are synced to disk."""
         meters = {key: [(float(value), n, at) for value, n, at in values] for key, values in self._values.items()}
         return {"step": step, "meters": meters, "sizes": {path.name: _size(path) for path in self._paths.values()}}
 

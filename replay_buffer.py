@@ -33,7 +33,7 @@ class ReplayBuffer:
         capacity: transitions.
         batch_size: transitions in a sample.
         device: where samples are put.
-        seed: of the draws: draw number n depends on (seed, n) and on what is stored, on nothing else.
+        seed: batch number n depends on (seed, n) and the stored transitions only.
         frame_channels: C, channels of a single frame.
         frames_device: where the frames lie, `device` or host memory.
 
@@ -65,7 +65,7 @@ class ReplayBuffer:
         self.actions = np.full((capacity, *action_shape), 0, np.float32)
         self.rewards = np.full((capacity, 1), 0, np.float32)
         self.not_dones = np.full((capacity, 1), 0, np.float32)
-        # Numbers count from the start and never wrap; a number's place in a ring is its remainder by the ring's length.
+        # Numbers count from the start and never wrap; number n is stored at index n % length of its ring.
         self.frames_added = self.transitions_added = 0
         self.oldest = 0  # the first transition whose frames are all there
         self.draws = 0  # batches drawn

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 INDEX = "replay.json"
 CHUNK = re.compile(r"[0-9]+_[0-9]+\.pt")  # the authors' replay uses the same names
-MAX_CHUNK = 10_000  # transitions in a file: small beside the buffer, whose copy it is in memory
+MAX_CHUNK = 10_000  # transitions in a file; one file is copied in memory at a time
 
 
 class Chunk(NamedTuple):

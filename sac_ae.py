@@ -183,7 +183,7 @@ class SacAeAgent(Agent):
         self.actor = Actor(*sizes, s.actor_log_std_min, s.actor_log_std_max, s.num_layers, s.num_filters)
         self.critic = Critic(*sizes, s.num_layers, s.num_filters)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
-        # The actor sees the critic's convolutions; its losses do not train them (paper, section 5.2).
+        # Actor and critic share convolutions; the actor's loss trains none (paper, section 5.2).
         self.actor.encoder.copy_conv_weights_from(self.critic.encoder)
         self.decoder = make_decoder(s.decoder_type, obs_shape, s.encoder_feature_dim, s.num_layers, s.num_filters)
         if self.decoder is not None:
@@ -194,7 +194,7 @@ class SacAeAgent(Agent):
                 # In this layout in memory the backward passes of convolutions are a fifth faster on a CPU.
                 # https://pytorch.org/tutorials/intermediate/memory_format_tutorial.html
                 network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        # float64 whatever the networks are: one number, stepped a million times by 1e-4 and less.
+        # float64 always: float32 would round a million small updates of one number.
         log_alpha = torch.tensor(math.log(s.init_temperature), dtype=torch.float64, device=self.device)
         self.log_alpha = log_alpha.requires_grad_()
 
@@ -247,7 +247,7 @@ class SacAeAgent(Agent):
         metrics = {"train/batch_reward": reward.mean()}
         metrics |= self.update_critic(obs, action, reward, next_obs, not_done)
         if due.actor or due.decoder:
-            # With the critic's new weights, once for the actor, for its critic and for the decoder.
+            # One pass, after the critic's update, for actor loss and decoder loss.
             with torch.set_grad_enabled(due.decoder):
                 hidden = self.critic.encoder.forward_conv(obs)
         if due.actor:
@@ -284,7 +284,10 @@ class SacAeAgent(Agent):
         return (self.alpha * (-log_pi - self.target_entropy)).mean()
 
     def decoder_loss(self, obs: Tensor, hidden: Tensor) -> Tensor:
-        """Reconstruction loss with penalised features (paper, equation 4); hidden is as for `actor_loss`."""
+        """Reconstruction loss with penalised features (paper, equation 4); hidden is as for `actor_loss`.
+
+        The equation's third term, the decoder's weights, is the weight decay of `decoder_optimizer`.
+        """
         if self.decoder is None:
             raise RuntimeError("there is no decoder to train: this agent was made with decoder_type identity")
         feature = self.critic.encoder.forward_head(hidden)
@@ -303,7 +306,7 @@ class SacAeAgent(Agent):
         loss, log_pi, entropy = self.actor_loss(hidden)
         alpha = self.alpha.detach()
         return {
-            # Its gradients do not go to the critic, through which it passes.
+            # The loss passes through the critic but does not train it.
             "train_actor/loss": self.minimise(loss, self.actor_optimizer, inputs=self.actor_parameters),
             "train_actor/entropy": entropy,
             "train_alpha/loss": self.minimise(self.alpha_loss(log_pi), self.log_alpha_optimizer),

@@ -52,28 +52,28 @@ def make_parser() -> OneLineParser:
     add("frame_stack", number(int, 1, 100), 3, "frames in an observation")
     add = parser.section("training (a step is a decision: action_repeat environment steps)")
     add("agent", Literal[tuple(AGENTS)], "sac_ae", "the method")
-    add("seed", number(int, 0, 2**32 - 1), 1, "of everything random")
-    add("init_steps", Count, 1000, "random decisions before the first update; then as many updates at once")
+    add("seed", number(int, 0, 2**32 - 1), 1, "of all randomness")
+    add("init_steps", Count, 1000, "random decisions at the start, followed by as many updates at once")
     add("num_train_steps", Count, 1_000_000, "decisions in all", resume="free")
     add("batch_size", Count, 128, "transitions in an update")
     add("replay_buffer_capacity", Count, 1_000_000, "transitions in the replay, at most")
     add = parser.section("evaluation")
     add("eval_freq", Count, 10_000, "decisions between evaluations", resume="free")
     add("num_eval_episodes", Count, 10, "episodes in an evaluation")
-    text = "processes that play them, at most one for each; 1 plays them in this one"
+    text = "processes for evaluation, at most one per episode; 1: no extra process"
     add("eval_workers", Count, cores(), text, resume="machine")
     add = parser.section("agent")
     for name, (kind, default, text) in settings_of(AGENTS.values()).items():
         add(name, kind, default, text)
     add = parser.section("run")
-    add("work_dir", user_path, "./log", "folder of the run's files, which must not hold a run", resume="command")
-    add("resume", bool, False, "go on from the checkpoint in work_dir; without one, start", resume="command")
+    add("work_dir", user_path, "./log", "run folder; new, unless --resume or --overwrite", resume="command")
+    add("resume", bool, False, "continue the run in work_dir, or start one there", resume="command")
     add("overwrite", bool, False, "remove the run that work_dir holds, and start afresh", resume="command")
     text = "minutes between checkpoints, at ends of episodes"
     add("checkpoint_minutes", Weight, 10, text, resume="free")
-    add("checkpoint_freq", Count | None, None, "decisions between checkpoints, too; None: only minutes", resume="free")
+    add("checkpoint_freq", Count | None, None, "also a checkpoint every so many decisions", resume="free")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("device", str, device, "where networks live", resume="machine")
+    add("device", str, device, "networks' device", resume="machine")
     text = "where frames lie: auto takes the GPU if they fit, else host memory"
     add("replay_device", Literal["auto", "cuda", "cpu"], "auto", text, resume="free")
     text = "auto launches updates and actions as CUDA graphs on a GPU"
@@ -131,21 +131,22 @@ def train(run: Run) -> None:
         while not over and now.step < args.num_train_steps:
             now.seconds = time.perf_counter() - start_time
             run.stop.check()
-            if now.action is None:
+            if now.action is None:  # else a signal came between the action and the end of its updates
                 if now.step < args.init_steps:
                     now.action = random_action(env.action_space, args.seed, now.step)
                 else:
                     now.action = check_finite(agent.sample_action(obs), logger, now.step)
             # The update comes before the environment's step: its batch does not hold this transition yet, and on a GPU
             # it runs while the environment steps.
-            # No update is owed during the random decisions; then as many in all as there were decisions.
+            # No updates during the random decisions; then one for each of these; then one a decision. Those of the first
+            # burst all have this step, as in the authors' script: actor and target are due in each or in none.
             owed = now.step - now.updates if now.step >= args.init_steps else 0
             for _ in run.pace.updates(owed, left=args.num_train_steps - now.step - 1):
                 agent.update(replay, logger, now.step)
                 now.updates += 1
                 run.stop.check()
             next_obs, reward, terminated, truncated, info = env.step(now.action)
-            # A time limit (truncated) is no end of the task: the target bootstraps through it, as if it went on.
+            # A time limit (truncated) is not a terminal state: the target still bootstraps.
             replay.add(obs, now.action, reward, next_obs, terminated, first=not now.actions)
             now.actions.append(now.action)
             now.episode_return += float(reward)
@@ -167,7 +168,7 @@ def check_finite(action: np.ndarray, logger: Logger, step: int) -> np.ndarray:
     """The action. Raises MachineError if it is NaN or infinite; if a loss diverged, the message names that."""
     if not np.isfinite(action).all():
         logger.check_losses()
-        raise MachineError(f"the policy's action is no number at step {step}: the run has diverged")
+        raise MachineError(f"the policy's action is NaN at step {step}: the run has diverged")
     return action
 
 
@@ -193,7 +194,7 @@ def evaluate(run: Run) -> None:
     run.video.init(enabled=True)
     seen = []
     for moment in report.progress(moments, "evaluation"):
-        run.stop.check()  # an evaluation that was broken off is played anew
+        run.stop.check()  # an interrupted evaluation restarts
         if moment.first_moved:
             run.video.record(run.eval_envs)
             seen += [moment.obs[0].copy()] if args.save_tb else []

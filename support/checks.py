@@ -35,7 +35,7 @@ def parse(parser: OneLineParser, argv: Sequence[str] | None) -> argparse.Namespa
 
 
 def check(args: argparse.Namespace, parser: OneLineParser) -> None:
-    """Refuses what single flags do not show to be wrong. Raises UserError, which says what to do."""
+    """Refuses invalid combinations of flags. Raises UserError, which says what to do."""
     if args.replay_buffer_capacity < args.batch_size:
         raise UserError(f"replay_buffer_capacity must be at least batch_size, {args.batch_size}")
     if not args.work_dir:
@@ -96,7 +96,7 @@ def check_picture(env: Any) -> None:
 
 def check_resumed(args: argparse.Namespace, parser: OneLineParser, work_dir: WorkDir) -> None:
     """Raises UserError if the run in the folder was started with other fixed flags, or is beyond its end."""
-    # What the run did not know, because it began before there was such a flag, was the default.
+    # A flag that is newer than the run had its default value.
     content = work_dir.checkpoint.read()
     now, then = vars(args), vars(parser.parse_args([])) | content["args"]
     differ = [name for name, kind in parser.resume.items() if kind == "fixed" and now[name] != then[name]]

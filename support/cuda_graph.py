@@ -20,7 +20,7 @@ WARMUP = 3  # calls of a kind before its capture, in which libraries choose algo
 
 
 class Capture:
-    """A function of tensors as a graph: it runs once, while it is captured; each call replays its kernels.
+    """A function of tensors as a graph: capture records its kernels, each call launches them.
 
     Args:
         function: takes tensors on the device, and gives one. What a graph cannot hold raises RuntimeError.

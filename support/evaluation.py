@@ -204,7 +204,7 @@ class SideBySide:
 
 
 class Moment(NamedTuple):
-    """N episodes at the start of some of them, or after a step of these; what is of all N is updated in place."""
+    """The state of N episodes after a reset or a decision of some of them. Fields of all N are updated in place."""
 
     obs: np.ndarray  # (n, ...) of those that are being played
     returns: np.ndarray  # (N,)

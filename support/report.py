@@ -130,7 +130,7 @@ def describe(run: Any, renderer: tuple[str, bool] | None) -> Iterator[str]:
     if args.save_buffer:
         yield f"saved replay: up to {size} more in {run.work_dir.path / 'buffer'}"
     if free < replay.nbytes * (2 if args.save_buffer else 1):
-        yield "warning: the disk may be full before the run ends; it could then go on elsewhere, or with less to do"
+        yield "warning: the disk may be full before the run ends: free space, then --resume continues"
     for name, network in run.agent.networks.items():
         if name != "critic_target":
             yield f"{name}: {sum(parameter.numel() for parameter in network.parameters()):,} parameters"

@@ -30,7 +30,7 @@ class Progress:
     step: int = 0  # decisions made
     updates: int = 0
     episode: int = 1  # number of the episode under way
-    next_evaluation: int = 0  # the first end of an episode at or after this decision brings one
+    next_evaluation: int = 0  # evaluate at the first episode end at or after this step
     actions: list[Any] = dataclasses.field(default_factory=list)  # of the episode under way
     action: Any = None  # of the decision under way: chosen before its updates, which change the policy
     episode_return: float = 0.0

@@ -56,7 +56,7 @@ class Stop:
 
 @contextmanager
 def held_signals(numbers: Sequence[int] = STOPPING) -> Iterator[None]:
-    """Holds signals until its end. A process that starts within ignores them forever: this program decides for it.
+    """Blocks signals within the context. A child process started there keeps them blocked.
 
     A scheduler may send them to all processes of a job.
     """

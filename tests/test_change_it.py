@@ -175,8 +175,8 @@ def test_a_loss_with_a_network_of_its_own(tmp_path):
 
 @pytest.mark.parametrize("kind", ["pixel", "state"])
 def test_a_loss_in_cuda_graphs(monkeypatch, tmp_path, kind):
-    """With a stand-in for graphs, losses, weights and moments are those without, the new network's included."""
-    monkeypatch.setattr(test_cuda_graph.cuda_graph, "Capture", test_cuda_graph.StandIn)
+    """With recorded graphs, losses, weights and moments are those without, the new network's included."""
+    monkeypatch.setattr(test_cuda_graph.cuda_graph, "Capture", test_cuda_graph.RecordedGraph)
     agent_class = loaded(monkeypatch, patched(tmp_path, "loss") / "with_reward.py").RewardAgent
     results = []
     for graphs in (False, True):

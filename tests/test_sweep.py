@@ -116,7 +116,7 @@ def test_a_sweep(tmp_path, capsys, monkeypatch, cluster):
     output = capsys.readouterr()
     assert "1 of 2 runs have ended" in output.out
     assert "cartpole_swingup-sac_state-2 failed with status 2\n    " in output.err
-    assert "checkpoint.json is missing" in output.err
+    assert "holds files that its run has not written (args.json)" in output.err
     assert starts(broken) == 1  # the user's mistake
     assert train.main([*TINY, *STATE, "--seed", "1", "--work_dir", str(tmp_path / "single")]) == 0
     assert outcome(good) == outcome(tmp_path / "single")
