@@ -90,6 +90,7 @@ def make_env(args: argparse.Namespace, seed: int) -> Any:
 
     Its episodes must depend on the seed of `reset` alone, or resumed runs differ from those that never stopped.
     """
+    dmc2gym.render_on(args.device)
     pixels = args.encoder_type == "pixel"
     view = {"from_pixels": pixels, "height": args.image_size, "width": args.image_size, "render_size": 256}
     length = {"frame_skip": args.action_repeat, "episode_length": EPISODE_LENGTH}
@@ -138,8 +139,7 @@ def train(run: Run) -> None:
                     now.action = check_finite(agent.sample_action(obs), logger, now.step)
             # The update comes before the environment's step: its batch does not hold this transition yet, and on a GPU
             # it runs while the environment steps.
-            # No updates during the random decisions; then one for each of these; then one a decision. Those of the first
-            # burst all have this step, as in the authors' script: actor and target are due in each or in none.
+            # No updates during the random decisions; then one for each of them, all at this step; then one a decision.
             owed = now.step - now.updates if now.step >= args.init_steps else 0
             for _ in run.pace.updates(owed, left=args.num_train_steps - now.step - 1):
                 agent.update(replay, logger, now.step)

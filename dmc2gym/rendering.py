@@ -15,6 +15,7 @@ _VARIABLES = (
     *("__EGL_VENDOR_LIBRARY_DIRS", "__EGL_VENDOR_LIBRARY_FILENAMES", "LIBGL_DRIVERS_PATH"),
 )
 _CHOSEN = "DMC2GYM_RENDERER"  # the MUJOCO_GL that `choose_backend` has set, in this process or in a parent
+_CHOSEN_GPU = "DMC2GYM_EGL_DEVICE_ID"  # the MUJOCO_EGL_DEVICE_ID that `render_on` has set
 _SOFTWARE = ("llvmpipe", "softpipe", "swrast", "software")
 _INSTALL_HINT = "on Debian or Ubuntu: apt-get install libegl1 libgl1-mesa-dri libopengl0"
 
@@ -37,10 +38,26 @@ def choose_backend() -> None:
     os.environ["MUJOCO_GL"] = os.environ[_CHOSEN] = next(working, "disabled")
 
 
-def _works(backend: str) -> bool:
+def render_on(device: str) -> None:
+    """Has EGL draw on the GPU of a PyTorch device, such as cuda:1, unless the user has chosen one.
+
+    PyTorch numbers the GPUs of CUDA_VISIBLE_DEVICES, EGL all of them. Where EGL cannot draw on that one, for example in
+    a container that hides the others, it goes on choosing. Call this before the first environment is made.
+    """
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or os.environ.get("MUJOCO_GL") != "egl" or "MUJOCO_EGL_DEVICE_ID" in os.environ:
+        return
+    number, visible = index or "0", os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if visible != [""]:  # numbers, or names that EGL does not know
+        number = visible[int(number)] if int(number) < len(visible) else ""
+    if number.isdecimal() and number != "0" and _works("egl", MUJOCO_EGL_DEVICE_ID=number):  # 0 is EGL's own choice
+        os.environ["MUJOCO_EGL_DEVICE_ID"] = os.environ[_CHOSEN_GPU] = number
+
+
+def _works(backend: str, **variables: str) -> bool:
     """Whether a renderer starts with this backend. The trial takes a third of a second."""
     command = [sys.executable, "-c", "from dm_control._render import Renderer; Renderer(8, 8).free()"]
-    environment = os.environ | {"MUJOCO_GL": backend}
+    environment = os.environ | {"MUJOCO_GL": backend} | variables
     try:
         return subprocess.run(command, env=environment, capture_output=True, timeout=60).returncode == 0
     except (OSError, subprocess.TimeoutExpired):
@@ -51,6 +68,7 @@ def renderer_error(cause: Exception) -> RendererError:
     """Makes the error for users: the cause, and the variables that they set, or else what to install."""
     # Values that this package or dm_control has set are not the user's.
     ours = {"MUJOCO_GL": os.environ.get(_CHOSEN), "PYOPENGL_PLATFORM": os.environ.get("MUJOCO_GL")}
+    ours["MUJOCO_EGL_DEVICE_ID"] = os.environ.get(_CHOSEN_GPU)
     found = {name: os.environ[name] for name in _VARIABLES if os.environ.get(name) not in (None, ours.get(name))}
     named = ", ".join(f"{name}={value}" for name, value in found.items())
     reason = " ".join(str(cause).split()) or type(cause).__name__

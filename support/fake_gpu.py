@@ -62,7 +62,9 @@ class FakeGpu(FakeTensorMode):
         if op is aten.record_stream:
             return None
         if op is aten._pin_memory:
-            return args[0]
+            pinned: Any = args[0].detach()
+            pinned.is_fake_pinned = True
+            return pinned
         to_gpu = torch.device(kwargs.get("device") or "cpu").type == "cuda"
         if inputs and not to_gpu and not any(isinstance(tensor, FakeTensor) for tensor in inputs):
             with no_dispatch():

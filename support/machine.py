@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import timeit
 import warnings
@@ -18,8 +19,8 @@ from frame_stack import frame_channels
 from replay_buffer import ReplayBuffer, replay_bytes
 from support.prefetch import Prefetched
 
-# Kept free for networks, activations, optimisers and the libraries' workspaces at the default sizes.
-GPU_RESERVE = 4 * 10**9
+# Kept free beside the replay: on a GPU for CUDA, the libraries' workspaces and the optimisers' moments.
+GPU_RESERVE = 2 * 10**9
 HOST_RESERVE = 2 * 10**9
 
 
@@ -124,6 +125,15 @@ def free_gpu_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0]
 
 
+def update_bytes(batch_size: int, obs_shape: tuple[int, ...], num_layers: int, num_filters: int) -> int:
+    """Bytes of a GPU that CUDA graphs of updates take, at most; few for states.
+
+    An update holds about one value of float32 for each pixel, layer and filter (`bench.py count`). Graphs of four kinds
+    share memory, but each may find it in other pieces.
+    """
+    return 4 * 4 * batch_size * math.prod(obs_shape[1:]) * num_layers * num_filters if len(obs_shape) == 3 else 0
+
+
 def place_replay(
     requested: str,
     device: torch.device,
@@ -131,6 +141,7 @@ def place_replay(
     action_shape: tuple[int, ...],
     capacity: int,
     frame_channels: int = 3,
+    update_bytes: int = 0,
 ) -> torch.device:
     """The device for a replay's frames. Raises UserError if it does not fit; the message names a capacity that would.
 
@@ -138,6 +149,7 @@ def place_replay(
         requested: `cuda`, `cpu`, or `auto`: the GPU if `device`, of the networks, is one and the frames fit there, else
             host memory.
         device, obs_shape, action_shape, capacity, frame_channels: of the replay.
+        update_bytes: what an update takes on a GPU.
     """
     if requested == "cuda" and device.type != "cuda":
         raise UserError(f"replay_device cuda needs a GPU for the networks too, but device is {device}")
@@ -145,7 +157,7 @@ def place_replay(
     room: dict[str, int] = {}
     if requested != "cpu" and device.type == "cuda":
         # All of the reserve, however small the replay: the networks need as much beside it.
-        room[str(device)] = free_gpu_bytes(device) - GPU_RESERVE
+        room[str(device)] = free_gpu_bytes(device) - GPU_RESERVE - update_bytes
     if requested != "cuda":
         room["cpu"] = free_host_bytes() - min(HOST_RESERVE, needed // 10)
     for place, free in room.items():
@@ -164,6 +176,7 @@ def make_replay(args: argparse.Namespace, env: Any, device: torch.device) -> Any
     """A run's replay, where it fits; one in host memory prefetches for a GPU. Raises UserError if it does not fit."""
     capacity = min(args.replay_buffer_capacity, args.num_train_steps)
     shapes, channels = (env.observation_space.shape, env.action_space.shape), frame_channels(env)
-    place = place_replay(args.replay_device, device, *shapes, capacity, channels)
+    reserve = update_bytes(args.batch_size, env.observation_space.shape, args.num_layers, args.num_filters)
+    place = place_replay(args.replay_device, device, *shapes, capacity, channels, reserve)
     replay = ReplayBuffer(*shapes, capacity, args.batch_size, device, args.seed, channels, place)
     return replay if place.type == device.type else Prefetched(replay)

@@ -68,13 +68,18 @@ class Watch(TorchDispatchMode):
             raise NotCapturableError(f"{func} copies from host memory")
         if source.is_cuda and not target.is_cuda:
             self._wait(f"{func} copies to host memory")
-        elif target.is_cuda and not source.is_cuda and not non_blocking:
-            self._wait(f"{func} copies from host memory without non_blocking")
+        elif target.is_cuda and not source.is_cuda and not (non_blocking and _is_pinned(source)):
+            self._wait(f"{func} copies from host memory, not pinned or without non_blocking")
 
     def _wait(self, reason: str) -> None:
         self.waits -= 1
         if self.waits < 0:
             raise WaitsError(reason)
+
+
+def _is_pinned(tensor: Tensor) -> bool:
+    """Whether a host tensor lies in pinned memory. A fake GPU's tensors are marked."""
+    return hasattr(tensor, "is_fake_pinned") or (torch.cuda.is_available() and tensor.is_pinned())
 
 
 def _check_layouts(*lists: list[Tensor]) -> None:

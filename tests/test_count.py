@@ -9,7 +9,7 @@ from test_cuda_graph import SHAPES, SIZES
 
 import bench
 from precision import layers_in
-from support import roofline
+from support import machine, roofline
 from support.count import Count
 from support.roofline import Gpu
 
@@ -126,3 +126,15 @@ def test_no_gpu(capsys, gpu):
         bench.main(["count", "--gpu", gpu])
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith(f"error: argument --gpu: invalid gpu value: '{gpu}'")
+
+
+@pytest.mark.parametrize("batch_size", [64, 128])
+@pytest.mark.parametrize(
+    ("image_size", "num_layers", "num_filters"), [(84, 4, 32), (64, 2, 32), (84, 4, 64), (100, 6, 16)]
+)
+def test_the_memory_kept_free_for_updates(gpu, batch_size, image_size, num_layers, num_filters):
+    """It holds an update of each of four kinds, and is not a multiple of that."""
+    shape, sizes = (9, image_size, image_size), {"num_layers": num_layers, "num_filters": num_filters}
+    counted = dict(roofline.counts(shape, (6,), batch_size, precision="fp32", **sizes))
+    peak = counted["update with actor, target"].peak
+    assert 2 * peak < machine.update_bytes(batch_size, shape, num_layers, num_filters) < 8 * peak

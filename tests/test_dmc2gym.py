@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import dmc2gym
+from dmc2gym import rendering
 from errors import MachineError
 
 ROOT = Path(__file__).parent.parent
@@ -424,6 +425,34 @@ def test_states_work_and_pixels_name_the_variable_that_the_user_set(chosen):
     (variable,) = chosen
     assert f"; {variable}={chosen[variable]} is set: unset it" in pixels
     assert "apt-get" not in pixels
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "works", "chosen"),
+    [
+        ("cuda:1", None, {"1"}, "1"),
+        ("cuda:1", "", {"1"}, "1"),
+        ("cuda:1", "2,5", {"1", "2", "5"}, "5"),
+        ("cuda", "3", {"3"}, "3"),
+        ("cuda", "3", set(), None),  # a container hides the others
+        ("cuda:1", "GPU-8a,GPU-9b", {"0", "1"}, None),
+        ("cuda:7", "2,5", {"7"}, None),
+        ("cuda", None, {"0"}, None),
+        ("cpu", "3", {"3"}, None),
+    ],
+)
+def test_the_renderer_follows_the_device(monkeypatch, device, visible, works, chosen):
+    """With fakes: which GPUs there are, and on which of them EGL draws."""
+    environ = {"MUJOCO_GL": "egl"} | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+    monkeypatch.setattr(os, "environ", environ)
+    monkeypatch.setattr(rendering, "_works", lambda _, **variables: variables["MUJOCO_EGL_DEVICE_ID"] in works)
+    dmc2gym.render_on(device)
+    assert environ.get("MUJOCO_EGL_DEVICE_ID") == chosen
+    assert "MUJOCO_EGL_DEVICE_ID" not in str(rendering.renderer_error(RuntimeError("broken")))
+    environ["MUJOCO_EGL_DEVICE_ID"] = "4"  # the user's own
+    dmc2gym.render_on(device)
+    assert environ["MUJOCO_EGL_DEVICE_ID"] == "4"
+    assert "MUJOCO_EGL_DEVICE_ID=4 is set" in str(rendering.renderer_error(RuntimeError("broken")))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from test_train import SMALL, read_log
 
 import train
 from agent import Agent
+from devices import send
 from errors import MachineError
 from sac_ae import Due, SacAeAgent
 from settings import Precision
@@ -72,11 +73,11 @@ def test_every_update(gpu, kind, precision):
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("kind", SHAPES)
 def test_the_loop(gpu, kind, graphs, frames_device):
-    """Nothing waits but an action: for its result, and for the copy of its observation if there is no graph."""
+    """Nothing waits but an action, for its result."""
     agent, replay = make_agent(kind, "cuda", graphs), make_replay(kind, "cuda", frames_device)
     assert isinstance(replay, prefetch.Prefetched) == (frames_device == "cpu")
     for step in range(2 * cuda_graph.WARMUP + 4):  # two kinds of update
-        with Watch(waits=2 if graphs and step >= cuda_graph.WARMUP else 4):
+        with Watch(waits=2):
             actions = act(agent, kind)
         assert [action.shape for action in actions] == [(2,), (3, 2)]
         with Watch():
@@ -84,6 +85,26 @@ def test_the_loop(gpu, kind, graphs, frames_device):
             replay.add(observation(kind), np.zeros(2), 0.0, observation(kind), False, first=True)
     with pytest.raises(WaitsError, match="host memory"), Watch():
         act(agent, kind)
+
+
+@pytest.mark.parametrize("frames_device", ["cuda:1", "cpu"])
+@pytest.mark.parametrize("kind", SHAPES)
+def test_the_second_gpu(gpu, kind, frames_device):
+    """All is on it: a tensor on the first one would not mix with it."""
+    agent, replay = make_agent(kind, "cuda:1", graphs=True), make_replay(kind, "cuda:1", frames_device)
+    for step in range(2 * cuda_graph.WARMUP + 2):
+        act(agent, kind)
+        metrics = agent.update(replay, Silent(), step)
+    moments = [
+        value
+        for optimizer in agent.optimizers.values()
+        for state in optimizer.state.values()
+        for value in state.values()
+    ]
+    assert moments
+    assert {str(tensor.device) for tensor in (*metrics.values(), *replay.sample(), *moments)} == {"cuda:1"}
+    with pytest.raises(RuntimeError, match="device"):
+        agent.alpha * torch.ones(1, device="cuda:0")
 
 
 @pytest.mark.parametrize(("kind", "replay_device"), [("pixel", "cpu"), ("identity", "cuda")])
@@ -118,9 +139,10 @@ CONTROLS = {  # a fault, and what is raised without a graph and in one
     "work on the host": (lambda loss, batch: torch.from_numpy(np.ones(3)) + 1, None, NotCapturableError),
     "copy from the host": (
         lambda loss, batch: torch.from_numpy(np.ones(3)).to("cuda", non_blocking=True),
-        None,
+        WaitsError,
         NotCapturableError,
     ),
+    "pinned copy": (lambda loss, batch: send(torch.from_numpy(np.ones(3)), loss.device), None, NotCapturableError),
     "tensor to the GPU": (lambda loss, batch: torch.tensor([1.0], device="cuda"), WaitsError, NotCapturableError),
     "blocking copy": (lambda loss, batch: torch.from_numpy(np.ones(3)).to("cuda"), WaitsError, NotCapturableError),
     "mixed devices": (lambda loss, batch: batch[2] * torch.ones(8, 1), RuntimeError, NotCapturableError),
