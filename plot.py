@@ -55,6 +55,8 @@ class Run(NamedTuple):
     seed: int
     steps: np.ndarray  # (N,), rising
     returns: np.ndarray  # (N,)
+    deviations: np.ndarray  # (N,), between the episodes of an evaluation; NaN where eval.log does not say
+    commits: list[str]  # (N), of the code; empty without a starts.log
     interval: int  # the smallest distance between two evaluations
     flags: dict[str, Any]
 
@@ -84,7 +86,7 @@ def find_runs(folders: Iterable[Path]) -> Iterator[Run]:
             yield read_run(path)
         except UNREADABLE as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            print(f"{path} is left out, its args.json or eval.log cannot be read: {reason}", file=sys.stderr)
+            print(f"{path} is left out, a log or its args.json cannot be read: {reason}", file=sys.stderr)
 
 
 def read_run(folder: Path) -> Run:
@@ -96,9 +98,15 @@ def read_run(folder: Path) -> Run:
     steps = np.array([float(each.get("environment_steps", each.get("step", np.nan) * repeat)) for each in records])
     if not len(steps) or (np.diff(steps) <= 0).any() or not np.isfinite([steps, returns]).all():
         raise ValueError("there are no evaluations, their steps do not rise, or a number is not finite")
+    deviations = np.array([float(record.get("episode_reward_std", np.nan)) for record in records])
+    # The run's parts, each from its step on.
+    log = folder / "starts.log"
+    starts = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    before = [[start["commit"] for start in starts if start["step"] * repeat <= step] for step in steps]
+    commits = [names[-1] if names else "" for names in before]
     task = f"{args['domain_name']}_{args['task_name']}"
-    method = METHODS[args["encoder_type"], args["decoder_type"]]
-    return Run(folder, task, method, int(args["seed"]), steps, returns, int(args["eval_freq"]) * repeat, args)
+    method, interval = METHODS[args["encoder_type"], args["decoder_type"]], int(args["eval_freq"]) * repeat
+    return Run(folder, task, method, int(args["seed"]), steps, returns, deviations, commits, interval, args)
 
 
 def read_published(path: Path) -> list[Score]:
@@ -233,10 +241,15 @@ def make_files(folder: Path, runs: Sequence[Run], published: Sequence[Score]) ->
     figure.savefig(folder / "curves.svg", metadata={"Date": None})
     rows = [scores[0], ["---"] * len(scores[0]), *scores[1:]]
     (folder / "scores.md").write_text("".join(f"| {' | '.join(row)} |\n" for row in rows))
-    evaluations: list[Sequence[Any]] = [("task", "method", "seed", "environment steps", "return")]
+    evaluations: list[Sequence[Any]] = [
+        ("task", "method", "seed", "environment steps", "return", "deviation between episodes", "commit")
+    ]
     for run in runs:
-        about = (run.task, run.method, run.seed)
-        evaluations += [(*about, f"{step:.0f}", value) for step, value in zip(run.steps, run.returns, strict=True)]
+        about, columns = (
+            (run.task, run.method, run.seed),
+            (run.steps.astype(int), run.returns, run.deviations, run.commits),
+        )
+        evaluations += [(*about, *row) for row in zip(*columns, strict=True)]
     for name, content in {"scores.csv": scores, "evaluations.csv": evaluations}.items():
         with (folder / name).open("w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(content)

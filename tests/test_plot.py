@@ -57,6 +57,24 @@ def test_table(tmp_path, capsys):
     assert printed.splitlines()[2].startswith("| SAC+AE:pixel | cheetah_run | 100000 | 2 | 200.0 |")
 
 
+def test_evaluations_in_long_form(tmp_path):
+    """Each with the commit of the part of the run that made it; what a log does not say is empty."""
+    run = make_run(tmp_path / "runs" / "a", [1, 2, 3])
+    (run / "eval.log").write_text((run / "eval.log").read_text().replace("}", ', "episode_reward_std": 0.5}', 1))
+    starts = [{"step": 0, "commit": "old"}, {"step": 15_000, "commit": "new"}]
+    (run / "starts.log").write_text("".join(json.dumps(start) + "\n" for start in starts))
+    make_run(tmp_path / "runs" / "b", [4], seed=2)
+    assert plot.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    with (tmp_path / "out" / "evaluations.csv").open(newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    assert [row[2:] for row in rows] == [
+        ["1", "0", "1.0", "0.5", "old"],
+        ["1", "40000", "2.0", "nan", "old"],
+        ["1", "80000", "3.0", "nan", "new"],
+        ["2", "0", "4.0", "nan", ""],
+    ]
+
+
 def test_estimates():
     """The interval agrees with the formula: the mean's deviation is that of the values over the root of N."""
     rng = np.random.default_rng(1)
