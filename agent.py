@@ -29,6 +29,7 @@ class Agent:
     settings: Settings
     device: torch.device
     training: bool
+    channels_last: bool  # the layout in memory of pixels and kernels
     actor: Any
     critic: Any
     critic_target: Any
@@ -96,7 +97,7 @@ class Agent:
     def floating(self, tensor: Tensor) -> Tensor:
         """A tensor on the agent's device, in the type and the layout in memory that its networks compute with."""
         pixels, weight = tensor.dim() == 4, next(self.critic.parameters())
-        layout = torch.channels_last if pixels and self.device.type == "cpu" else torch.preserve_format
+        layout = torch.channels_last if pixels and self.channels_last else torch.preserve_format
         # bfloat16 holds pixels exactly: whole numbers up to 256.
         dtype = torch.bfloat16 if pixels and self.settings.precision == "bf16" else weight.dtype
         return send(tensor, self.device).to(dtype, memory_format=layout)

@@ -32,7 +32,7 @@ from sac_ae import SacAeAgent
 from support import cuda_graph, report, roofline
 from support.evaluation import SideBySide, play
 from support.flags import OneLineParser, number, user_path
-from support.machine import check_bf16, cores
+from support.machine import check_bf16, check_compiler, cores
 from support.prefetch import Prefetched
 from utils import ReplayBuffer, set_seed_everywhere
 
@@ -128,15 +128,44 @@ def bench_replay(capacity: int, batches: int) -> Results:
     }
 
 
+def in_channels_last(agent: SacAeAgent, updates: Callable[[], Any]) -> Callable[[], Any]:
+    """The updates, with pixels and kernels in the layout in which a GPU's tensor cores take them."""
+    agent.channels_last = True
+    for network in agent.networks.values():
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return updates
+
+
+def with_fastest_algorithms(_agent: SacAeAgent, updates: Callable[[], Any]) -> Callable[[], Any]:
+    """The updates, for whose convolutions cuDNN tries its algorithms and takes the fastest."""
+
+    def call() -> None:
+        torch.backends.cudnn.benchmark = True
+        updates()
+        torch.backends.cudnn.benchmark = False
+
+    return call
+
+
+TRIALS = {"channels-last": in_channels_last, "cudnn.benchmark": with_fastest_algorithms}
+
+
 def bench_update(kind: str, rounds: int) -> Results:
     """Two updates, one of them with the actor; each takes a batch from the replay."""
     variants: dict[str, list[str]] = {"this": []}
-    with report.one_line(lambda reason: print(f"\nNot measured: {reason}")):
+    not_measured = partial(report.one_line, lambda reason: print(f"\nNot measured: {reason}"))
+    with not_measured():
         check_bf16(DEVICE, filters=32 if kind == "pixel" else 0, hidden_dim=1024)
         variants["this, bf16"] = ["--precision", "bf16"]
     if ON_GPU:
         variants |= {f"this, {precision}": ["--precision", precision] for precision in ("fp32", "tf32")}
         variants["this, without CUDA graphs"] = ["--cuda_graph", "off"]
+        with not_measured():
+            check_compiler(str(DEVICE))
+            variants["this, compiled"] = ["--compile"]
+    if ON_GPU and kind == "pixel":  # sources disagree on what these do
+        for precision in ("tf32", "bf16"):
+            variants |= {f"this, {precision}, {trial}": ["--precision", precision] for trial in TRIALS}
     args = (OBS_SHAPES[kind], ACTION_SHAPE, 2000, BATCH_SIZE, DEVICE)
     replay, plain_replay, plain = ReplayBuffer(*args, frames_device=DEVICE), PlainReplay(*args), make_agents(kind)[1]
     for transition in transitions(2000, kind):
@@ -146,6 +175,8 @@ def bench_update(kind: str, rounds: int) -> Results:
     for name, more in variants.items():
         agent = make_agents(kind, *more)[0]
         calls[name] = lambda agent=agent: [agent.update_from(replay.sample(), agent.due(step)) for step in range(2)]
+        if (trial := name.rpartition(", ")[2]) in TRIALS:
+            calls[name] = TRIALS[trial](agent, calls[name])
     calls["plain"] = lambda: [plain.update(plain_replay.sample(), step) for step in range(2)]
     results = show(f"Update, {kind}: mean of one with the actor and one without", interleaved(calls, rounds), parts=2)
     with FlopCounterMode(display=False) as counter:

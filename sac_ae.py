@@ -188,12 +188,12 @@ class SacAeAgent(Agent):
         self.decoder = make_decoder(s.decoder_type, obs_shape, s.encoder_feature_dim, s.num_layers, s.num_filters)
         if self.decoder is not None:
             self.decoder.apply(weight_init)
+        # In this layout in memory the backward passes of convolutions are a fifth faster on a CPU.
+        # https://pytorch.org/tutorials/intermediate/memory_format_tutorial.html
+        self.channels_last = self.device.type == "cpu"
+        layout = torch.channels_last if self.channels_last else torch.preserve_format
         for network in self.networks.values():
-            network.to(self.device)
-            if self.device.type == "cpu":
-                # In this layout in memory the backward passes of convolutions are a fifth faster on a CPU.
-                # https://pytorch.org/tutorials/intermediate/memory_format_tutorial.html
-                network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network.to(self.device, memory_format=layout)  # type: ignore[call-overload]
         # float64 always: float32 would round a million small updates of one number.
         log_alpha = torch.tensor(math.log(s.init_temperature), dtype=torch.float64, device=self.device)
         self.log_alpha = log_alpha.requires_grad_()

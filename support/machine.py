@@ -30,15 +30,16 @@ def cores() -> int:
 
 
 def check_device(name: str) -> None:
-    """Refuses a device on which networks cannot be put."""
+    """Refuses a device that is not there, or does not work: its driver is too old, or the build lacks its kernels."""
     try:
         if torch.device(name).type not in ("cpu", "cuda"):
             raise ValueError("neither cpu nor cuda")
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).add_(1).item()  # launches a kernel, and waits for it
     except (ValueError, RuntimeError, AssertionError) as error:
-        there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        mine = name if ":" in name else f"{name}:0"
+        others = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()) if f"cuda:{index}" != mine)]
         cause = (f"{error}".splitlines() or [type(error).__name__])[0]
-        raise UserError(f"there is no device {name} here; choose {' or '.join(there)} ({cause})") from error
+        raise UserError(f"device {name} cannot be used ({cause}); choose {' or '.join(others)}") from error
 
 
 def check_bf16(device: torch.device, filters: int, hidden_dim: int) -> None:

@@ -15,10 +15,11 @@ from test_cuda_graph import SHAPES, Silent, make_agent, make_replay
 from test_logger import read_events
 from test_train import SMALL, read_log
 
+import bench
 import train
 from agent import Agent
 from devices import send
-from errors import MachineError
+from errors import MachineError, UserError
 from sac_ae import Due, SacAeAgent
 from settings import Precision
 from support import cuda_graph, prefetch
@@ -191,3 +192,21 @@ def test_without_a_compiler(tmp_path, monkeypatch):
     with pytest.raises(MachineError, match="no-compiler is not there"), fake_gpu():
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_the_bench_of_updates(gpu, monkeypatch, capsys):
+    """Every variant that it has on a GPU runs; torch.compile has none to compile for."""
+
+    def no_compiler(_device):
+        raise UserError("there is nothing to compile for")
+
+    for name, value in {"ON_GPU": True, "DEVICE": torch.device("cuda"), "WARMUP": cuda_graph.WARMUP}.items():
+        monkeypatch.setattr(bench, name, value)
+    flags = bench.flags
+    monkeypatch.setattr(bench, "flags", lambda kind, *more: flags(kind, "--device", "cuda", *more))
+    monkeypatch.setattr(bench, "check_compiler", no_compiler)
+    monkeypatch.setattr(bench, "floor", lambda *_: {})
+    trials = {f"this, {precision}, {trial}" for precision in ("tf32", "bf16") for trial in bench.TRIALS}
+    results = bench.bench_update("pixel", rounds=1)
+    assert results.keys() >= {"this", "this, bf16", "this, tf32", "this, without CUDA graphs", "plain", *trials}
+    assert "Not measured: there is nothing to compile for" in capsys.readouterr().out

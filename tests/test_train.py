@@ -339,16 +339,16 @@ def test_a_bad_action_stops_the_run(tmp_path, monkeypatch, capsys):
         ("--encoder_type identity", "decoder_type pixel needs encoder_type pixel"),
         ("--encoder_type vit", "--encoder_type: invalid choice: 'vit'"),
         ("--replay_buffer_capacity 127", "at least batch_size"),
-        ("--device cuda:77", "there is no device cuda:77 here"),
+        ("--device cuda:77", "device cuda:77 cannot be used ("),
         ("--precision fp16", "--precision: invalid choice: 'fp16'"),
         ("--replay_device cuda --device cpu", "replay_device cuda needs a GPU"),
         (
             "--replay_buffer_capacity 99999999 --num_train_steps 99999999",
             "fits",
         ),
-        ("--device gpu", "there is no device gpu here; choose cpu"),
-        ("--device meta", "there is no device meta here"),
-        ("--device hpu", "there is no device hpu here"),
+        ("--device gpu", "device gpu cannot be used ("),
+        ("--device meta", "device meta cannot be used (neither cpu nor cuda); choose cpu"),
+        ("--device hpu", "device hpu cannot be used ("),
         ("--batch_size 1" + 400 * "0", "--batch_size: must be at least 1 and at most 9223372036854775807, got 10000"),
         ("--action_repeat 1001", "--action_repeat: must be at least 1 and at most 1000"),
         ("--frame_stack 101", "--frame_stack"),
@@ -521,12 +521,23 @@ def test_what_fails_in_the_first_steps_fails_before_anything_is_written(tmp_path
     assert not (tmp_path / "log").exists()
 
 
-def test_a_device_that_fails_says_why(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "cause",
+    [
+        "CUDA error: all CUDA-capable devices are busy or unavailable",
+        "CUDA error: no kernel image is available for execution on the device",
+        "The NVIDIA driver on your system is too old (found version 11040).",
+    ],
+)
+def test_a_device_that_fails_says_why(tmp_path, capsys, monkeypatch, cause):
+    """The other ones are offered."""
+
     def fail(*_, **__):
-        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\nCUDA kernel errors might be")
+        raise RuntimeError(f"{cause}\nCUDA kernel errors might be")
 
     monkeypatch.setattr(torch, "zeros", fail)
-    words = "choose cpu (CUDA error: all CUDA-capable devices are busy or unavailable)"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    words = f"device cuda cannot be used ({cause}); choose cpu or cuda:1\n"
     assert_refused(tmp_path / "log", capsys, ["--device", "cuda"], words)
     assert not (tmp_path / "log").exists()
 
