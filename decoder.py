@@ -12,7 +12,7 @@ from errors import UserError
 
 
 class PixelDecoder(nn.Module):
-    """The encoder's mirror image: linear, then `num_layers` transposed convolutions (paper, appendix B.1).
+    """The encoder's mirror image: linear, then `num_layers` transposed convolutions (paper, appendix B).
 
     Arguments are the encoder's; `num_filters` are the channels of each convolution but the last, which has C.
     """
@@ -26,7 +26,7 @@ class PixelDecoder(nn.Module):
         self.deconvs.append(nn.ConvTranspose2d(num_filters, channels, 3, stride=2, output_padding=1))
 
     def forward(self, feature: Tensor) -> Tensor:
-        """Features (B, D) to an image (B, C, H, W), trained to lie where `utils.preprocess_obs` puts it."""
+        """Features (B, D) to an image (B, C, H, W), trained towards `utils.preprocess_obs(obs)`."""
         hidden = torch.relu(self.fc(feature)).view(-1, *self.in_shape)
         for deconv in self.deconvs[:-1]:
             hidden = torch.relu(deconv(hidden))

@@ -1,4 +1,4 @@
-"""Randomness by number: what is drawn depends on a seed, a purpose and numbers, not on what was drawn before."""
+"""Counter-based randomness: a draw depends on seed, purpose and counters, not on earlier draws."""
 
 from __future__ import annotations
 

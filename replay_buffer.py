@@ -33,9 +33,9 @@ class ReplayBuffer:
         capacity: transitions.
         batch_size: transitions in a sample.
         device: where samples are put.
-        seed: of the draws: draw number n depends on (seed, n) and on what is stored, on nothing else.
+        seed: batch number n depends only on (seed, n) and the stored transitions.
         frame_channels: C, channels of a single frame.
-        frames_device: where the frames lie, `device` or host memory.
+        frames_device: of the frames: `device` or the CPU.
 
     Raises:
         ValueError: stacks that are not made of whole frames, or a capacity below 1.
@@ -65,7 +65,7 @@ class ReplayBuffer:
         self.actions = np.full((capacity, *action_shape), 0, np.float32)
         self.rewards = np.full((capacity, 1), 0, np.float32)
         self.not_dones = np.full((capacity, 1), 0, np.float32)
-        # Numbers count from the start and never wrap; a number's place in a ring is its remainder by the ring's length.
+        # Numbers count from the start and never wrap; number n is stored at index n % length of its ring.
         self.frames_added = self.transitions_added = 0
         self.oldest = 0  # the first transition whose frames are all there
         self.draws = 0  # batches drawn
@@ -221,6 +221,6 @@ def _frames_layout(obs_shape: Shape, capacity: int, frame_channels: int) -> tupl
     if len(obs_shape) != 3:  # a state is a stack of one frame
         return 1, (capacity + capacity // 64 + 2, *obs_shape), torch.float32
     if obs_shape[0] % frame_channels:
-        raise ValueError(f"{obs_shape[0]} channels are no whole number of frames of {frame_channels} channels")
+        raise ValueError(f"{obs_shape[0]} channels are not a whole number of frames of {frame_channels} channels")
     num_stacked = obs_shape[0] // frame_channels
     return num_stacked, (capacity + capacity // 64 + 2 * num_stacked, frame_channels, *obs_shape[1:]), torch.uint8

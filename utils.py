@@ -1,4 +1,4 @@
-"""What agent and training loop share: seeds, target updates, image targets, frame stacks."""
+"""Helpers: seeds, target updates, the decoder's target, evaluation mode, hashes."""
 
 from __future__ import annotations
 
