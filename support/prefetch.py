@@ -14,10 +14,10 @@ from replay_buffer import Batch, ReplayBuffer
 class Prefetched:
     """Gives the batches that the replay would give. Everything but `add` and `sample` is the replay's own.
 
-    Once batches are drawn, each `add` fixes what the next draw can see; so that is drawn then, and a thread gathers it.
+    After `add` the next batch is determined: it is drawn at once, and a thread gathers it.
 
     Args:
-        replay: its frames lie in host memory.
+        replay: with its frames in host memory.
     """
 
     def __init__(self, replay: ReplayBuffer):
