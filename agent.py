@@ -24,7 +24,7 @@ Metrics = dict[str, Tensor]
 
 
 class Agent:
-    """Acts, updates, saves and loads. A subclass sets these attributes; its networks are found."""
+    """Acts, updates, saves and loads. A subclass sets these attributes; its networks and optimisers are found."""
 
     settings: Settings
     device: torch.device
@@ -54,11 +54,11 @@ class Agent:
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """Trained tensors that belong to no module, by attribute name."""
+        """Trained tensors outside modules, such as `log_alpha`, by attribute name; not the networks' parameters."""
         return {name: tensor for name, tensor in self._held(Tensor).items() if tensor.requires_grad}
 
     def adam(self, params: Iterable[Tensor], lr: float, beta1: float = 0.9, weight_decay: float = 0) -> Adam:
-        """An Adam that steps all parameters at once, and that a CUDA graph can hold."""
+        """A fused Adam: one kernel updates all parameters, and a CUDA graph can hold it."""
         on_gpu = self.device.type == "cuda"
         return Adam(params, lr, (beta1, 0.999), weight_decay=weight_decay, fused=True, capturable=on_gpu)
 
@@ -75,7 +75,7 @@ class Agent:
         return self.actions(send(torch.from_numpy(obs[None]), self.device), True)[0].cpu().numpy()
 
     def update(self, replay_buffer: Any, L: Any, step: int) -> Metrics:  # noqa: N803
-        """One update of everything that is due at decision `step`, on one batch.
+        """All updates that are due at decision `step`, on one batch.
 
         Args:
             replay_buffer: its `sample()` gives obs (any dtype, 0..255 for pixels), action, reward, next_obs, not_done.
@@ -90,12 +90,12 @@ class Agent:
         return metrics
 
     def update_from(self, batch: Iterable[Tensor], due: Any) -> Metrics:
-        """An update from the batch of a replay. A CUDA graph holds all of it."""
+        """An update from the batch of a replay. A CUDA graph holds the whole update."""
         with layers_in(self.settings.precision, self.device):
-            return self.update_networks(*map(self.floating, batch), due)
+            return self.update_networks(*map(self.to_network_input, batch), due)
 
-    def floating(self, tensor: Tensor) -> Tensor:
-        """A tensor on the agent's device, in the type and the layout in memory that its networks compute with."""
+    def to_network_input(self, tensor: Tensor) -> Tensor:
+        """A tensor on the agent's device, in the dtype and memory layout of the networks' inputs."""
         pixels, weight = tensor.dim() == 4, next(self.critic.parameters())
         layout = torch.channels_last if pixels and self.channels_last else torch.preserve_format
         # bfloat16 holds pixels exactly: whole numbers up to 256.
@@ -103,7 +103,7 @@ class Agent:
         return send(tensor, self.device).to(dtype, memory_format=layout)
 
     def minimise(self, loss: Tensor, *optimizers: Optimizer, inputs: list[Tensor] | None = None) -> Tensor:
-        """One update of each optimiser. Only `inputs` get gradients; None: all. Returns the loss, detached."""
+        """One update by each optimiser. Only `inputs` get gradients; None: all tensors. Returns the loss, detached."""
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward(inputs=inputs)
@@ -128,7 +128,7 @@ class Agent:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
-        """Copies what `state_dict` gave into the tensors that are there. Settings such as learning rates stay.
+        """Copies a `state_dict` into the existing tensors. Settings such as learning rates stay.
 
         Raises UserError, and changes nothing, if it is the state of other networks.
         """
@@ -185,7 +185,7 @@ class Agent:
 
 
 def _load_moments(optimizer: Optimizer, state: dict[int, dict[str, Any]]) -> None:
-    """Copies an optimiser's moments by parameter. A CUDA graph goes on using the memory in which they are."""
+    """Copies an optimiser's moments in place, by parameter: a CUDA graph uses their memory."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, parameter in enumerate(parameters):
         moments = optimizer.state[parameter] if index in state else optimizer.state.pop(parameter, {})

@@ -106,7 +106,7 @@ def make_agents(kind: str, *more: str) -> tuple[SacAeAgent, PlainAgent]:
 
 
 def bench_replay(capacity: int, batches: int) -> Results:
-    """An `add` and a batch: of the replay, wherever its frames can lie, and of plain storage."""
+    """An `add` and a batch: of the replay, wherever its frames can be, and of plain storage."""
     args = (OBS_SHAPES["pixel"], ACTION_SHAPE, capacity, BATCH_SIZE, DEVICE)
     storages: dict[str, Any] = {"each frame once, host memory": ReplayBuffer(*args)}
     if ON_GPU:
@@ -240,7 +240,7 @@ def bench_train(kind: str, rounds: int) -> Results:
         replay = PlainReplay(OBS_SHAPES[kind], ACTION_SHAPE, 10_000, BATCH_SIZE, DEVICE)
         plain, now, begin_episode = make_agents(kind)[1].train(env, replay), run.progress, run.begin_episode
         now.next_evaluation = sys.maxsize
-        run.begin_episode = lambda: run.obs if now.actions else begin_episode()  # a call goes on with the episode
+        run.begin_episode = lambda: run.obs if now.actions else begin_episode()  # a call continues the episode
         run.logger.check_losses = lambda: None  # not at the end of each call
 
         def two_decisions() -> None:

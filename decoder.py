@@ -12,7 +12,7 @@ from errors import UserError
 
 
 class PixelDecoder(nn.Module):
-    """The encoder's mirror image: linear, then `num_layers` transposed convolutions (paper, appendix B.1).
+    """The encoder's mirror image: linear, then `num_layers` transposed convolutions (paper, appendix B).
 
     Arguments are the encoder's; `num_filters` are the channels of each convolution but the last, which has C.
     """

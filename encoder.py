@@ -13,18 +13,18 @@ from precision import layers_dtype
 
 
 def conv_output_shape(height: int, width: int, num_layers: int) -> tuple[int, int]:
-    """Height and width of an image after `num_layers` convolutions.
+    """Height and width (pixels) of an image after `num_layers` convolutions.
 
-    3x3 kernels without padding, the first one with stride 2, the others with stride 1 (paper, appendix B.1).
+    3x3 kernels without padding, the first one with stride 2, the others with stride 1 (paper, appendix B).
 
     Raises:
-        UserError: a side is odd (the decoder could not restore it), or the layers leave nothing of the image.
+        UserError: a side is odd (the decoder could not restore it), or too short for the layers.
     """
     if num_layers < 1:
         raise UserError(f"num_layers must be at least 1, got {num_layers}")
     if height % 2 or width % 2:
         raise UserError(f"image sides must be even, got {height} x {width}")
-    # The first convolution leaves side / 2 - 1, each other one takes 2 off.
+    # The first convolution gives side / 2 - 1, each further one removes 2.
     out_height, out_width = (side // 2 - 1 - 2 * (num_layers - 1) for side in (height, width))
     if min(out_height, out_width) < 1:
         raise UserError(
@@ -35,7 +35,7 @@ def conv_output_shape(height: int, width: int, num_layers: int) -> tuple[int, in
 
 
 class PixelEncoder(nn.Module):
-    """Convolutions, then linear, LayerNorm and tanh (paper, appendix B.1).
+    """Convolutions, then linear, LayerNorm and tanh (paper, appendix B).
 
     Args:
         obs_shape: (C, H, W) of the stacked frames; H and W even.

@@ -42,17 +42,17 @@ def make_parser() -> OneLineParser:
     """The command line. Flags of train.py may follow."""
     parser = OneLineParser(
         description="Plays episodes with saved models, acting by the policy's mean, and prints their returns.",
-        epilog="Where no args.json lies beside the models, flags of train.py say what they were trained with.",
+        epilog="Without an args.json beside the models, add the flags of train.py that they were trained with.",
     )
     parser.add_argument("work_dir", type=user_path, help="a run's folder, or a folder of models")
     add = parser.section("what to play")
-    add("step", number(int, 0), None, "decisions after which the models were saved; None: newest")
+    add("step", number(int, 0), None, "decisions after which the models were saved; without it the newest")
     add("episodes", Count, 10, "episodes to play, up to ten side by side")
-    add("seed", number(int, 0, 2**32 - 1), 1_000_000, "of the episodes; not those of training")
+    add("seed", number(int, 0, 2**32 - 1), 1_000_000, "seed of the episodes, unlike those of training")
     add("video", user_path, None, "new mp4 file for a video of the first episode")
-    add("eval_workers", Count, cores(), "processes that play, at most one for each episode; 1 plays in this one")
-    add("device", str, "cuda" if torch.cuda.is_available() else "cpu", "where networks live")
-    add("precision", Precision | None, None, "of layers; None is the run's")
+    add("eval_workers", Count, cores(), "processes for evaluation, at most one per episode; 1: no extra process")
+    add("device", str, "cuda" if torch.cuda.is_available() else "cpu", "device of the networks")
+    add("precision", Precision | None, None, "precision of layers; without it the run's")
     return parser
 
 
@@ -62,7 +62,7 @@ def find_models(work_dir: Path, step: int | None) -> tuple[Path, int]:
     Raises UserError if there are none.
     """
     if not work_dir.is_dir():
-        raise UserError(f"{work_dir} is no folder: name that of a run, or one of models")
+        raise UserError(f"{work_dir} is not a folder: name a run's folder, or a folder of models")
     for folder in (work_dir / "model", work_dir):
         steps = {int(match[1]) for path in folder.glob("*") if (match := MODEL_FILE.fullmatch(path.name))}
         if steps and step is not None and step not in steps:
@@ -177,7 +177,7 @@ class Evaluation:
         """Mean actions (N, A) for observations (N, ...)."""
         actions = self.agent.select_actions(obs)
         if not np.isfinite(actions).all():
-            raise MachineError(f"the policy's action is no number: the models of step {self.step} have diverged")
+            raise MachineError(f"the policy's action is NaN or infinite: the models of step {self.step} have diverged")
         return actions
 
     def frames(self) -> Iterator[np.ndarray]:
@@ -192,7 +192,7 @@ class Evaluation:
 
 
 def episode_seed(seed: int, episode: int) -> int:
-    """Seed of an episode, which depends on no other one."""
+    """Seed of an episode. Its formula is fixed: with `seed_of` the same --seed would select other episodes."""
     return int(np.random.SeedSequence((seed, episode)).generate_state(1)[0])
 
 

@@ -124,14 +124,14 @@ def check_alike(state: Any, like: Any, name: str = "it") -> None:
     """Raises ValueError unless both are tensors of one shape, or dictionaries of such under the same names."""
     if isinstance(like, Mapping):
         if not isinstance(state, Mapping):
-            raise ValueError(f"{name} is no dictionary of weights")
+            raise ValueError(f"{name} is not a dictionary of weights")
         if different := sorted(map(str, state.keys() ^ like.keys())):
             key = different[0]
             raise ValueError(f"{name} lacks {key}" if key in like else f"{name} has {key:.100}, unlike the network")
         for key in like:
             check_alike(state[key], like[key], key)
     elif not isinstance(state, Tensor) or not state.is_floating_point() or state.layout != torch.strided:
-        raise ValueError(f"{name} is no tensor of floating numbers")
+        raise ValueError(f"{name} is not a tensor of floating-point numbers")
     elif state.shape != like.shape:
         raise ValueError(f"{name} has shape {tuple(state.shape)}, the network's has {tuple(like.shape)}")
 

@@ -47,4 +47,5 @@ def frame_channels(env: Any) -> int:
     """Channels of a single frame in an environment's observations, which may be stacks."""
     channels = env.observation_space.shape[0]
     stacked = getattr(env, "num_stacked", None)
+    # Without FrameStack: RGB frames if 3 divides the channels, else one frame.
     return channels // stacked if stacked else 3 if channels % 3 == 0 else channels

@@ -54,7 +54,7 @@ class Logger:
             raise ValueError(f"unknown logger config {config!r}: choose one of rl")
         self._paths = {section: Path(log_dir) / f"{section}.log" for section in LINES}
         self._tb, self._writer = Path(log_dir) / "tb", None
-        self._values: dict[str, Values] = defaultdict(list)  # what waits for its line, by key
+        self._values: dict[str, Values] = defaultdict(list)  # pending values, by key
         if state is not None:
             self._restore(state)
         if use_tb:
@@ -109,12 +109,12 @@ class Logger:
             show(f"| {colored(section, COLOURS[section])} | {LINES[section].format_map(defaultdict(float, record))}")
 
     def check_losses(self) -> None:
-        """Raises MachineError if a loss that waits for its line is NaN or infinite."""
+        """Raises MachineError if a pending loss is NaN or infinite."""
         for key, values in self._values.items():
             _mean(key, values)
 
     def state(self, step: int) -> dict[str, Any]:
-        """Values not yet written, and sizes of the log files, which are synced to disk."""
+        """Pending values, and the log files' sizes in bytes. Syncs the files to disk."""
         meters = {key: [(float(value), n, at) for value, n, at in values] for key, values in self._values.items()}
         return {"step": step, "meters": meters, "sizes": {path.name: _size(path) for path in self._paths.values()}}
 
@@ -170,7 +170,7 @@ def _mean(key: str, values: Values) -> float:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file, which are on the disk afterwards; 0 if there is none."""
+    """Bytes of a file, which is synced to disk; 0 if there is none."""
     if not path.exists():
         return 0
     with writing(path), path.open("rb") as file:
@@ -192,7 +192,7 @@ def log_networks(logger: Logger, agent: Agent, observations: np.ndarray, step: i
     def log_output(key: str, _layer: nn.Module, _inputs: Any, output: Tensor) -> None:
         logger.log_histogram(f"{key}_output", output, step)
 
-    obs = agent.floating(torch.as_tensor(observations))
+    obs = agent.to_network_input(torch.as_tensor(observations))
     with ExitStack() as hooks:
         for network_name, network in agent.networks.items():
             for name, layer in network.named_modules():

@@ -32,7 +32,7 @@ def layers_dtype(weight: Tensor) -> torch.dtype:
 def _tf32(allowed: bool) -> Iterator[None]:
     """Sets whether products and convolutions on a GPU use TF32, and restores PyTorch's switches on exit.
 
-    A switch that inherits from the one above it must go on inheriting.
+    A switch that inherits from the one above it must still inherit afterwards.
     https://docs.pytorch.org/docs/stable/notes/cuda.html#tensorfloat-32-tf32-on-ampere-and-later-devices
     """
     backends: Any = torch.backends
@@ -53,7 +53,7 @@ def _tf32(allowed: bool) -> Iterator[None]:
 def run_mlp(layers: nn.Sequential, inputs: Tensor) -> Tensor:
     """`layers(inputs)`, with the last layer in the weights' own precision even under autocast.
 
-    bfloat16 has 8 significant bits: it rounds Q values above 128 to integers, so small rewards are lost.
+    bfloat16 has 8 significant bits: it rounds Q values above 128 to integers, so small rewards would be lost.
     """
     if not torch.is_autocast_enabled(inputs.device.type):
         return layers(inputs)

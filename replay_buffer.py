@@ -33,9 +33,9 @@ class ReplayBuffer:
         capacity: transitions.
         batch_size: transitions in a sample.
         device: where samples are put.
-        seed: batch number n depends on (seed, n) and the stored transitions only.
+        seed: batch number n depends only on (seed, n) and the stored transitions.
         frame_channels: C, channels of a single frame.
-        frames_device: where the frames lie, `device` or host memory.
+        frames_device: of the frames: `device` or the CPU.
 
     Raises:
         ValueError: stacks that are not made of whole frames, or a capacity below 1.
@@ -221,6 +221,6 @@ def _frames_layout(obs_shape: Shape, capacity: int, frame_channels: int) -> tupl
     if len(obs_shape) != 3:  # a state is a stack of one frame
         return 1, (capacity + capacity // 64 + 2, *obs_shape), torch.float32
     if obs_shape[0] % frame_channels:
-        raise ValueError(f"{obs_shape[0]} channels are no whole number of frames of {frame_channels} channels")
+        raise ValueError(f"{obs_shape[0]} channels are not a whole number of frames of {frame_channels} channels")
     num_stacked = obs_shape[0] // frame_channels
     return num_stacked, (capacity + capacity // 64 + 2 * num_stacked, frame_channels, *obs_shape[1:]), torch.uint8

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 INDEX = "replay.json"
 CHUNK = re.compile(r"[0-9]+_[0-9]+\.pt")  # the authors' replay uses the same names
-MAX_CHUNK = 10_000  # transitions in a file; one file is copied in memory at a time
+MAX_CHUNK = 10_000  # transitions in a file; one file at a time is copied in memory
 
 
 class Chunk(NamedTuple):
@@ -88,7 +88,7 @@ class ReplayFiles:
         return Chunk(end, frames_end, write_tensors(path, content, self.name))
 
     def delete_unlisted(self, folder: Path, index: dict[str, Any]) -> None:
-        """Deletes this replay's chunks that the index, which must be on the disk by now, does not list."""
+        """Deletes this replay's chunks that the index, which must already be on the disk, does not list."""
         self._chunks[folder.resolve()] = index["chunks"]
         listed = {chunk.file.name for chunk in index["chunks"]}
         for path in chunks_in(folder):

@@ -92,13 +92,13 @@ class Actor(nn.Module):
     ) -> Policy:
         """Mean action, sampled action, its log probability (B, 1), and log std; actions (B, A) in [-1, 1].
 
-        The sample and its log probability are None where they were not asked for. A sample draws its noise from one
-        `torch.randn_like` of shape (B, A).
+        Sample and log probability are None unless asked for. The noise of a sample is one `torch.randn_like` of shape
+        (B, A).
         """
         return self.policy(self.encoder(obs, detach_encoder), compute_pi, compute_log_pi)
 
     def policy(self, feature: Tensor, compute_pi: bool = True, compute_log_pi: bool = True) -> Policy:
-        """What `forward` returns, from features (B, D)."""
+        """As `forward`, from features (B, D)."""
         mu, raw_log_std = run_mlp(self.trunk, feature).chunk(2, dim=-1)
         # A smooth bound instead of a clamp: the gradient never vanishes altogether.
         log_std = self.log_std_min + 0.5 * (self.log_std_max - self.log_std_min) * (torch.tanh(raw_log_std) + 1)
@@ -114,13 +114,13 @@ class Actor(nn.Module):
 class QFunction(nn.Module):
     """Value of an action, from features and action joined."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_dim: int):
+    def __init__(self, feature_dim: int, action_dim: int, hidden_dim: int):
         super().__init__()
-        self.trunk = mlp(obs_dim + action_dim, hidden_dim, 1)
+        self.trunk = mlp(feature_dim + action_dim, hidden_dim, 1)
 
-    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+    def forward(self, feature: Tensor, action: Tensor) -> Tensor:
         """Features (B, D) and actions (B, A) to values (B, 1)."""
-        return run_mlp(self.trunk, torch.cat([obs, action], dim=1))
+        return run_mlp(self.trunk, torch.cat([feature, action], dim=1))
 
 
 class Critic(nn.Module):
@@ -147,7 +147,7 @@ class Critic(nn.Module):
         return self.values(self.encoder(obs, detach_encoder), action)
 
     def values(self, feature: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """What `forward` returns, from features (B, D)."""
+        """As `forward`, from features (B, D)."""
         return self.Q1(feature, action), self.Q2(feature, action)
 
 
@@ -156,15 +156,15 @@ class SacAeAgent(Agent):
 
     With `decoder_type="identity"` there is no decoder (the paper's SAC:pixel). With `encoder_type="identity"` too,
     observations are state vectors (SAC:state). A subclass may add networks, parameters and optimisers as attributes:
-    checkpoints, `train`, histograms and CUDA graphs find them.
+    checkpoints hold all of these; saved models, `train` and histograms include the networks.
 
     With precision bf16 layers compute in bfloat16; weights, optimisers, LayerNorm, densities, targets and losses stay
-    float32. With `compile` results are rounded differently; the noise is the same.
+    float32. `compile` compiles every method named `*_loss`: results are rounded differently, the noise is the same.
 
     Args:
         obs_shape: (C, H, W) of pixels, or (D,) of states.
         action_shape: (A,).
-        device: where the networks live.
+        device: of the networks.
         settings: those of `Settings`. Raises UserError if types or sizes do not fit together.
     """
 
@@ -183,7 +183,7 @@ class SacAeAgent(Agent):
         self.actor = Actor(*sizes, s.actor_log_std_min, s.actor_log_std_max, s.num_layers, s.num_filters)
         self.critic = Critic(*sizes, s.num_layers, s.num_filters)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
-        # Actor and critic share convolutions; the actor's loss trains none (paper, section 5.2).
+        # The actor shares the critic's convolutions; the actor's loss does not train them (paper, section 5.2).
         self.actor.encoder.copy_conv_weights_from(self.critic.encoder)
         self.decoder = make_decoder(s.decoder_type, obs_shape, s.encoder_feature_dim, s.num_layers, s.num_filters)
         if self.decoder is not None:
@@ -194,7 +194,7 @@ class SacAeAgent(Agent):
         layout = torch.channels_last if self.channels_last else torch.preserve_format
         for network in self.networks.values():
             network.to(self.device, memory_format=layout)  # type: ignore[call-overload]
-        # float64 always: float32 would round a million small updates of one number.
+        # Always float64: float32 would round the many small updates of this one number.
         log_alpha = torch.tensor(math.log(s.init_temperature), dtype=torch.float64, device=self.device)
         self.log_alpha = log_alpha.requires_grad_()
 
@@ -220,7 +220,7 @@ class SacAeAgent(Agent):
     def actions(self, obs: Tensor, sample: bool) -> Tensor:
         """Actions (N, A) on the agent's device, drawn from the policy or its means, for observations (N, ...)."""
         with layers_in(self.settings.precision, self.device):
-            mu, pi, _, _ = self.actor(self.floating(obs), compute_pi=sample, compute_log_pi=False)
+            mu, pi, _, _ = self.actor(self.to_network_input(obs), compute_pi=sample, compute_log_pi=False)
         return pi if sample else mu
 
     @torch.no_grad()
@@ -229,7 +229,7 @@ class SacAeAgent(Agent):
         if self.decoder is None:
             raise RuntimeError("there is no decoder: this agent was made with decoder_type identity")
         with layers_in(self.settings.precision, self.device):
-            image = self.decoder(self.critic.encoder(self.floating(torch.from_numpy(obs))))
+            image = self.decoder(self.critic.encoder(self.to_network_input(torch.from_numpy(obs))))
         return ((image + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
     def due(self, step: int) -> Due:
@@ -247,7 +247,7 @@ class SacAeAgent(Agent):
         metrics = {"train/batch_reward": reward.mean()}
         metrics |= self.update_critic(obs, action, reward, next_obs, not_done)
         if due.actor or due.decoder:
-            # One pass, after the critic's update, for actor loss and decoder loss.
+            # One pass of the convolutions, after the critic's update, serves actor loss and decoder loss.
             with torch.set_grad_enabled(due.decoder):
                 hidden = self.critic.encoder.forward_conv(obs)
         if due.actor:
@@ -270,7 +270,7 @@ class SacAeAgent(Agent):
     def actor_loss(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Policy loss (paper, equation 3), log probability (B, 1) of its actions, entropy of the Gaussian before tanh.
 
-        hidden is what the critic's convolutions make of the observations.
+        hidden is the output of the critic's convolutions for the observations.
         """
         hidden = hidden.detach()  # the actor's loss does not train the convolutions (paper, section 5.2)
         _, pi, log_pi, log_std = self.actor.policy(self.actor.encoder.forward_head(hidden))
@@ -286,7 +286,7 @@ class SacAeAgent(Agent):
     def decoder_loss(self, obs: Tensor, hidden: Tensor) -> Tensor:
         """Reconstruction loss with penalised features (paper, equation 4); hidden is as for `actor_loss`.
 
-        The equation's third term, the decoder's weights, is the weight decay of `decoder_optimizer`.
+        The penalty of the decoder's weights, lambda_theta, is the weight decay of `decoder_optimizer`.
         """
         if self.decoder is None:
             raise RuntimeError("there is no decoder to train: this agent was made with decoder_type identity")
@@ -301,12 +301,12 @@ class SacAeAgent(Agent):
         return {"train_critic/loss": self.minimise(loss, self.critic_optimizer)}
 
     def update_actor_and_alpha(self, obs: Tensor, hidden: Tensor | None = None) -> Metrics:
-        """Trains policy and temperature; hidden is what the critic's convolutions make of obs, if known already."""
+        """Trains policy and temperature; hidden is the output of the critic's convolutions for obs, if it is known."""
         hidden = self.critic.encoder.forward_conv(obs) if hidden is None else hidden
         loss, log_pi, entropy = self.actor_loss(hidden)
         alpha = self.alpha.detach()
         return {
-            # The loss passes through the critic but does not train it.
+            # The policy loss passes through the critic, but does not train it.
             "train_actor/loss": self.minimise(loss, self.actor_optimizer, inputs=self.actor_parameters),
             "train_actor/entropy": entropy,
             "train_alpha/loss": self.minimise(self.alpha_loss(log_pi), self.log_alpha_optimizer),

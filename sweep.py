@@ -268,7 +268,10 @@ def main(argv: list[str] | None = None) -> int:
     for run in failed:
         print(run.failure, *run.printed()[-5:], sep="\n    ", file=sys.stderr)
     if stopped_by is not None:
-        print(f"{parser.prog}: stopped by {signal.Signals(stopped_by).name}: the same command goes on", file=sys.stderr)
+        print(
+            f"{parser.prog}: stopped by {signal.Signals(stopped_by).name}: the same command continues it",
+            file=sys.stderr,
+        )
         return 128 + stopped_by
     return 1 if failed else 0
 

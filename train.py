@@ -48,15 +48,15 @@ def make_parser() -> OneLineParser:
     add("domain_name", str, "cheetah", "domain of the Control Suite")
     add("task_name", str, "run", "task of the domain")
     add("image_size", Count, 84, "height and width of observed pixels, even")
-    add("action_repeat", number(int, 1, EPISODE_LENGTH), 1, "environment steps of a decision")
+    add("action_repeat", number(int, 1, EPISODE_LENGTH), 1, "environment steps per decision")
     add("frame_stack", number(int, 1, 100), 3, "frames in an observation")
     add = parser.section("training (a step is a decision: action_repeat environment steps)")
     add("agent", Literal[tuple(AGENTS)], "sac_ae", "the method")
-    add("seed", number(int, 0, 2**32 - 1), 1, "of all randomness")
+    add("seed", number(int, 0, 2**32 - 1), 1, "seed of all randomness")
     add("init_steps", Count, 1000, "random decisions at the start, followed by as many updates at once")
-    add("num_train_steps", Count, 1_000_000, "decisions in all", resume="free")
+    add("num_train_steps", Count, 1_000_000, "decisions of the run", resume="free")
     add("batch_size", Count, 128, "transitions in an update")
-    add("replay_buffer_capacity", Count, 1_000_000, "transitions in the replay, at most")
+    add("replay_buffer_capacity", Count, 1_000_000, "largest number of transitions in the replay")
     add = parser.section("evaluation")
     add("eval_freq", Count, 10_000, "decisions between evaluations", resume="free")
     add("num_eval_episodes", Count, 10, "episodes in an evaluation")
@@ -66,15 +66,15 @@ def make_parser() -> OneLineParser:
     for name, (kind, default, text) in settings_of(AGENTS.values()).items():
         add(name, kind, default, text)
     add = parser.section("run")
-    add("work_dir", user_path, "./log", "run folder; new, unless --resume or --overwrite", resume="command")
+    add("work_dir", user_path, "./log", "run folder; a new one without --resume or --overwrite", resume="command")
     add("resume", bool, False, "continue the run in work_dir, or start one there", resume="command")
-    add("overwrite", bool, False, "remove the run that work_dir holds, and start afresh", resume="command")
+    add("overwrite", bool, False, "remove the run in work_dir, and start a new one", resume="command")
     text = "minutes between checkpoints, at ends of episodes"
     add("checkpoint_minutes", Weight, 10, text, resume="free")
     add("checkpoint_freq", Count | None, None, "also a checkpoint every so many decisions", resume="free")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("device", str, device, "networks' device", resume="machine")
-    text = "where frames lie: auto takes the GPU if they fit, else host memory"
+    add("device", str, device, "device of the networks", resume="machine")
+    text = "device of the frames: auto is the GPU if they fit, else host memory"
     add("replay_device", Literal["auto", "cuda", "cpu"], "auto", text, resume="free")
     text = "auto launches updates and actions as CUDA graphs on a GPU"
     add("cuda_graph", Literal["auto", "off"], "auto", text, resume="free")
@@ -113,10 +113,10 @@ def make_agent(args: argparse.Namespace, obs_shape: tuple[int, ...], action_shap
 
 
 def train(run: Run) -> None:
-    """The training loop. A decision: an action, the updates owed, the environment's step, the replay's `add`.
+    """The training loop. A decision: an action, the updates that are due, an environment step, the replay's `add`.
 
     Raises:
-        Stopped: a signal has asked for it; the run can go on from where it is.
+        Stopped: a signal has come; the run can continue from this point.
         MachineError: a loss or an action became NaN or infinite, or a file cannot be written.
     """
     args, agent, env, replay, logger, now = run.args, run.agent, run.env, run.replay, run.logger, run.progress
@@ -132,16 +132,16 @@ def train(run: Run) -> None:
         while not over and now.step < args.num_train_steps:
             now.seconds = time.perf_counter() - start_time
             run.stop.check()
-            if now.action is None:  # else a signal came between the action and the end of its updates
+            if now.action is None:  # a resumed run may hold one: a signal came during the updates that follow it
                 if now.step < args.init_steps:
                     now.action = random_action(env.action_space, args.seed, now.step)
                 else:
                     now.action = check_finite(agent.sample_action(obs), logger, now.step)
-            # The update comes before the environment's step: its batch does not hold this transition yet, and on a GPU
-            # it runs while the environment steps.
-            # No updates during the random decisions; then one for each of them, all at this step; then one a decision.
+            # The update precedes the environment step: its batch lacks this transition; a GPU works during the step.
+            # No updates during the random decisions; then a burst of one for each, all at this step, so that actor and
+            # target train in all or none of them, as in the authors' script; then one update a decision.
             owed = now.step - now.updates if now.step >= args.init_steps else 0
-            for _ in run.pace.updates(owed, left=args.num_train_steps - now.step - 1):
+            for _ in run.pace.updates(owed, left=args.num_train_steps - now.step - 1):  # yields `owed` times
                 agent.update(replay, logger, now.step)
                 now.updates += 1
                 run.stop.check()
@@ -165,10 +165,10 @@ def train(run: Run) -> None:
 
 
 def check_finite(action: np.ndarray, logger: Logger, step: int) -> np.ndarray:
-    """The action. Raises MachineError if it is NaN or infinite; if a loss diverged, the message names that."""
+    """The action. Raises MachineError if it is NaN or infinite; if a loss diverged, the message names the loss."""
     if not np.isfinite(action).all():
         logger.check_losses()
-        raise MachineError(f"the policy's action is NaN at step {step}: the run has diverged")
+        raise MachineError(f"the policy's action is NaN or infinite at step {step}: the run has diverged")
     return action
 
 
@@ -187,14 +187,14 @@ def log_episode(logger: Logger, now: Progress, action_repeat: int) -> None:
 
 
 def evaluate(run: Run) -> None:
-    """Plays `num_eval_episodes` episodes by the policy's mean, in environments and with seeds of their own."""
+    """Plays `num_eval_episodes` episodes by the policy's mean, in separate environments and with separate seeds."""
     args, agent, logger, step, start_time = run.args, run.agent, run.logger, run.progress.step, time.perf_counter()
     seeds = [seed_of(args.seed, "evaluation", step, episode) for episode in range(args.num_eval_episodes)]
     moments = play(run.eval_envs, seeds, lambda obs: check_finite(agent.select_actions(obs), logger, step))
     run.video.init(enabled=True)
     seen = []
     for moment in report.progress(moments, "evaluation"):
-        run.stop.check()  # an interrupted evaluation restarts
+        run.stop.check()  # an interrupted evaluation is played again
         if moment.first_moved:
             run.video.record(run.eval_envs)
             seen += [moment.obs[0].copy()] if args.save_tb else []
@@ -219,9 +219,9 @@ def evaluate(run: Run) -> None:
 
 
 def open_run(args: argparse.Namespace, parser: OneLineParser, resources: ExitStack) -> Run:
-    """Makes everything that the loop works on. Nothing is written before all of it has been found to work.
+    """Makes what the loop uses. Before all environments, agent and replay exist, only work_dir's `.lock` is written.
 
-    Raises UserError or MachineError if what is asked for cannot be had; the message says what to do.
+    Raises UserError or MachineError if this is impossible; the message says what to do.
     """
     set_seed_everywhere(args.seed)
     make = functools.partial(make_env, args, args.seed)
@@ -235,7 +235,7 @@ def open_run(args: argparse.Namespace, parser: OneLineParser, resources: ExitSta
     run.eval_envs = resources.enter_context(closing(envs))
     lines = run.open(parser, functools.partial(Logger, run.work_dir.path, args.save_tb))
     resources.enter_context(closing(run.logger))
-    # TensorBoard shows videos, too; but a run on states needs no renderer for that.
+    # For TensorBoard alone, a run on states records no videos: it then needs no renderer.
     recorded = args.save_video or (args.save_tb and args.encoder_type == "pixel")
     run.video = VideoRecorder(run.work_dir.path / "video" if recorded else None)
     resources.enter_context(run.stop.listen())
@@ -255,7 +255,7 @@ def carry_out(run: Run, prog: str) -> int:
     except Stopped:
         run.save_checkpoint()
         name = signal.Signals(run.stop.number or 0).name
-        print(f"{prog}: stopped by {name} at step {run.progress.step}: --resume goes on", file=sys.stderr)
+        print(f"{prog}: stopped by {name} at step {run.progress.step}: --resume continues it", file=sys.stderr)
         return 128 + (run.stop.number or 0)
     step, environment_steps = run.progress.step, run.progress.step * run.args.action_repeat
     report.show(f"done: {step:,} decisions, {environment_steps:,} environment steps; all is in {run.work_dir.path}")
@@ -265,7 +265,7 @@ def carry_out(run: Run, prog: str) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     parser = make_parser()
-    parser.parse_args(argv)  # whatever is wrong with a flag alone is said first
+    parser.parse_args(argv)  # reports errors of single flags first
     complain = functools.partial(report.complain, parser.prog)
     with report.one_line(complain), ExitStack() as resources:
         with report.one_line(parser.error):
@@ -273,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
             checks.check(args, parser)
             run = open_run(args, parser, resources)
         return carry_out(run, parser.prog)
-    return 1
+    return 1  # `one_line` has printed an error
 
 
 if __name__ == "__main__":

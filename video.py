@@ -80,9 +80,9 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: int = 30, overwri
                 writer.close()
         with _ffmpeg(path):
             if not is_whole(temporary):
-                raise OSError("ffmpeg does not tell of a disk that is full at its end")
+                raise OSError("ffmpeg does not report a disk that is full at its end")
             if path.exists() and not overwrite:
-                raise MachineError(f"{path} exists by now, and is not overwritten")
+                raise MachineError(f"{path} exists already, and is not overwritten")
             temporary.replace(path)
     finally:
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""A run's checkpoint: all that it needs to go on as if it had never stopped.
+"""A run's checkpoint: all that it needs to continue as if it had never stopped.
 
 `checkpoint.json` holds numbers and names the files that belong to it: one of tensors, and the replay's chunks. It is
 replaced last, so that the checkpoint it names is whole at every moment.
@@ -50,7 +50,7 @@ class Checkpoint:
         """
         index = read_json(self.index)
         if not isinstance(index, dict) or set(index) != {"crc32", "content"}:
-            raise UserError(f"{self.index} is no checkpoint")
+            raise UserError(f"{self.index} is not a checkpoint")
         content = index["content"]
         if index["crc32"] != zlib.crc32(to_json(content).encode()):
             raise UserError(f"{self.index} is damaged: its content has changed")

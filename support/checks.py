@@ -1,4 +1,4 @@
-"""What is refused in one line before anything is written, and the flags of a run that is resumed."""
+"""Checks of flags, machine and environment before a run writes anything; the flags of a resumed run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support.work_dir import WorkDir
 
 
 def parse(parser: OneLineParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags in force: a run that is resumed keeps those that are not given, but for the machine's.
+    """The flags in force: a resumed run keeps those that are not given, except the machine's.
 
     Raises UserError if there is a checkpoint to resume, but it cannot be read.
     """
@@ -41,7 +41,7 @@ def check(args: argparse.Namespace, parser: OneLineParser) -> None:
     if not args.work_dir:
         raise UserError("work_dir is empty: name a folder")
     if args.resume and args.overwrite:
-        raise UserError("resume and overwrite exclude each other: go on, or start afresh?")
+        raise UserError("resume and overwrite exclude each other: continue the run, or start a new one?")
     if args.save_tb and args.work_dir.encode("utf-8", "replace") != os.fsencode(args.work_dir):
         raise UserError(f"work_dir {args.work_dir} is not UTF-8, and TensorBoard cannot read it: leave save_tb out")
     check_device(args.device)
@@ -49,7 +49,7 @@ def check(args: argparse.Namespace, parser: OneLineParser) -> None:
     work_dir.check(args.resume, args.overwrite)
     if args.resume and work_dir.checkpoint.begun():
         check_resumed(args, parser, work_dir)
-    # A run that began in bfloat16 may go on anywhere: its precision cannot change.
+    # A run that began in bfloat16 may continue anywhere: its precision cannot change.
     elif args.precision == "bf16":
         check_bf16(torch.device(args.device), args.num_filters if args.encoder_type == "pixel" else 0, args.hidden_dim)
     if args.compile:
@@ -62,7 +62,7 @@ def try_out(env: Any, args: argparse.Namespace, renderer_of: Callable[..., Any])
     """Plays the first decisions in a spare environment: what fails there must fail before anything is written.
 
     Returns:
-        What draws, and whether it is software on the CPU; None if the environment is no task of the Control Suite.
+        The renderer, and whether it is software on the CPU; None if the environment is not a Control Suite task.
     """
     check_spaces(env)
     env.reset(seed=args.seed)
@@ -109,7 +109,7 @@ def check_resumed(args: argparse.Namespace, parser: OneLineParser, work_dir: Wor
 
 
 def changes(args: argparse.Namespace, parser: OneLineParser, then: dict[str, object]) -> list[str]:
-    """Lines about free and machine's flags that a resumed run had otherwise."""
+    """Lines about free and machine flags whose values a resumed run changes."""
     noted = sorted(name for name, kind in parser.resume.items() if kind in ("free", "machine"))
     pairs = {name: (then.get(name), getattr(args, name)) for name in noted}
     return [f"note: --{name} was {old} and is now {new}" for name, (old, new) in pairs.items() if old != new]

@@ -70,7 +70,7 @@ def _launches(func: Any) -> bool:
 
 
 def _nbytes(*values: Any) -> int:
-    """Bytes of tensors on the GPU, as they lie in memory: what is expanded counts once."""
+    """Bytes of tensors on the GPU, as they are in memory: what is expanded counts once."""
     total = 0
     for tensor in tensors_in(values):
         sizes = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]

@@ -37,14 +37,14 @@ class Capture:
             stream = torch.cuda.Stream()
             try:
                 # The outer context restores the stream if the capture fails. "thread_local": the thread that gathers
-                # the next batch goes on with its copies.
+                # the next batch may copy meanwhile.
                 with (
                     torch.cuda.stream(stream),
                     torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
                 ):
                     self._result = function(*self._arguments)
             except RuntimeError as error:
-                # PyTorch's generator and allocator would go on as if in the capture.
+                # PyTorch's generator and allocator would still act as in a capture.
                 current = torch.cuda.current_device()
                 generator = torch.cuda.default_generators[current]
                 generator.graphsafe_set_state(generator.clone_state())
@@ -63,8 +63,8 @@ class Capture:
 class Graphs:
     """Has an agent, of any class, launch its updates and actions as graphs, one for each kind of update or action.
 
-    The first calls of a kind are run as they are, the next is captured, and all from that one on are replayed.
-    `report` is told, once and in one line, if something cannot be captured; all goes on without graphs then.
+    The first calls of a kind run as usual, the next one is captured, and from that one on all calls launch the graph.
+    If a capture fails, `report` gets one line, once, and all further calls run without graphs.
     """
 
     def __init__(self, agent: Agent, report: Callable[[str], Any]):
@@ -103,6 +103,6 @@ class Graphs:
                 self._captured[key] = Capture(function, arguments, self._device, self._pool)
             except RuntimeError as error:
                 self._on = False
-                self._report(f"going on without CUDA graphs: {(str(error) or repr(error)).splitlines()[0]}")
+                self._report(f"continuing without CUDA graphs: {(str(error) or repr(error)).splitlines()[0]}")
                 return function(*arguments)
         return self._captured[key](*arguments)

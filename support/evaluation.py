@@ -1,7 +1,7 @@
-"""Episodes played side by side: some environments here, or spread over processes of their own.
+"""Episodes played side by side, in this process or spread over others.
 
-All take a step together, so that one call of the policy serves them all. Episode i is always in the same row of the
-same call's batch, whatever the number of processes, and so always gets the same actions.
+All environments make each decision together, so that one call of the policy serves them all. Episode i is always in
+the same row of the same call's batch, whatever the number of processes, and so always gets the same actions.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _Group:
         self._answers: list[Any] = []
 
     def start(self, method: str, arguments: Sequence[Any]) -> None:
-        """Calls a method of this class for each argument, with an environment of its own; not where that is None."""
+        """Calls a method of this class with each argument that is not None, argument i with environment i."""
         pairs, call = zip(self._envs, arguments, strict=False), getattr(self, method)
         self._answers = [None if argument is None else call(env, argument) for env, argument in pairs]
 
@@ -142,9 +142,9 @@ def serve(descriptor: int) -> None:
 
 
 class SideBySide:
-    """A fixed number of environments that take steps together.
+    """A fixed number of environments that make decisions together.
 
-    They are spread over `num_workers` processes, at most one for each; 1 means none but this.
+    They are spread over at most `num_workers` processes, at most one per environment; 1: only this process.
     """
 
     def __init__(self, make_env: Callable[[], Any], num_envs: int, num_workers: int):
@@ -161,7 +161,7 @@ class SideBySide:
             raise
 
     def _call(self, method: str, arguments: Sequence[Any]) -> list[Any]:
-        """Calls one environment for each argument that is not None; those that are left over have nothing to do."""
+        """Calls environment i with argument i, if that is not None."""
         for group, rows in zip(self._groups, self._rows, strict=True):
             group.start(method, [arguments[row] for row in rows if row < len(arguments)])
         return self._finish()
@@ -204,9 +204,9 @@ class SideBySide:
 
 
 class Moment(NamedTuple):
-    """The state of N episodes after a reset or a decision of some of them. Fields of all N are updated in place."""
+    """State of N evaluation episodes after a reset or a decision; arrays over all N are updated in place."""
 
-    obs: np.ndarray  # (n, ...) of those that are being played
+    obs: np.ndarray  # (n, ...), of the current wave
     returns: np.ndarray  # (N,)
     lengths: np.ndarray  # (N,), in decisions
     first_moved: bool  # whether the first episode shows something new

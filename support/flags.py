@@ -14,7 +14,7 @@ from typing import Any, Literal, NoReturn
 from settings import Limits
 
 LARGEST = 2**63 - 1  # what the libraries' counters hold
-# With --resume, "fixed" and "free" flags keep their old value unless given; a new value is refused for "fixed".
+# --resume: "fixed" and "free" flags keep their old value unless given; a new value is refused for "fixed".
 # "machine" and "command" flags take their default unless given.
 Resume = Literal["fixed", "free", "machine", "command"]
 
@@ -88,7 +88,7 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, exclusive
             raise argparse.ArgumentTypeError(f"must be {' and '.join(bounds) or 'a finite number'}, got {shown}")
         return value
 
-    convert.__name__ = kind.__name__  # argparse names it where the text is no number
+    convert.__name__ = kind.__name__  # argparse names it where the text is not a number
     return convert
 
 

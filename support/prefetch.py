@@ -17,7 +17,7 @@ class Prefetched:
     After `add` the next batch is determined: it is drawn at once, and a thread gathers it.
 
     Args:
-        replay: its frames lie in host memory.
+        replay: with its frames in host memory.
     """
 
     def __init__(self, replay: ReplayBuffer):

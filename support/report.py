@@ -96,7 +96,7 @@ class Pace:
         seconds.append(self._last - before)
 
     def _say(self, updates: int, decisions: int) -> None:
-        # Medians: an evaluation or a checkpoint may lie between two decisions.
+        # Medians: an evaluation or a checkpoint may come between two decisions.
         update, rest = statistics.median(self._updates[self.WARMUP :]), statistics.median(self._rests)
         left = updates * update + decisions * rest
         if left >= self.WORTH_SAYING:
@@ -109,7 +109,7 @@ class Pace:
 def describe(run: Any, renderer: tuple[str, bool] | None) -> Iterator[str]:
     """What a user wants to know before an open `support.run.Run`: lines to print.
 
-    `renderer` is what draws, and whether that is software on the CPU; None if the task is not the Control Suite's.
+    `renderer` is its name, and whether it is software on the CPU; None if the task is not the Control Suite's.
     """
     args, now, replay, device, env = run.args, run.progress, run.replay, run.agent.device, run.env
     repeat = PUBLISHED_REPEATS.get((args.domain_name, args.task_name), args.action_repeat)
@@ -130,7 +130,7 @@ def describe(run: Any, renderer: tuple[str, bool] | None) -> Iterator[str]:
     if args.save_buffer:
         yield f"saved replay: up to {size} more in {run.work_dir.path / 'buffer'}"
     if free < replay.nbytes * (2 if args.save_buffer else 1):
-        yield "warning: the disk may be full before the run ends: free space, then --resume continues"
+        yield "warning: the disk may be full before the run ends; if so, free space, then --resume continues"
     for name, network in run.agent.networks.items():
         if name != "critic_target":
             yield f"{name}: {sum(parameter.numel() for parameter in network.parameters()):,} parameters"
@@ -162,7 +162,7 @@ def provenance(device: torch.device) -> dict[str, str]:
 
 @contextmanager
 def one_line(fail: Callable[[str], Any]) -> Iterator[None]:
-    """Hands the message of a user's mistake, or of what the machine lacks, to `fail`, and goes on after the block.
+    """Hands the message of a user's mistake, or of what the machine lacks, to `fail`, and continues after the block.
 
     Any other exception is a bug and passes, with its traceback.
     """
@@ -171,7 +171,7 @@ def one_line(fail: Callable[[str], Any]) -> Iterator[None]:
     except (UserError, MachineError, MemoryError) as error:
         fail(str(error))
     except torch.OutOfMemoryError as error:
-        fail(f"{error}; --resume goes on, and with --replay_device cpu a GPU has more room")
+        fail(f"{error}; --resume continues, and with --replay_device cpu a GPU has more room")
     except RuntimeError as error:
         if type(error) is not RuntimeError or "DefaultCPUAllocator" not in str(error):
             raise

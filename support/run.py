@@ -1,4 +1,4 @@
-"""A training run: where it is, and how it is saved and taken up again."""
+"""A training run: its progress, and how it is saved and restored."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Progress:
     obs_crc: int | None = None  # of the observation, to see whether the environment repeats its episodes
 
     def evaluation_due(self) -> bool:
-        """Whether it is time for one, which is between episodes."""
+        """Whether an evaluation is due; never within an episode."""
         return not self.actions and self.step >= self.next_evaluation
 
 
@@ -58,7 +58,7 @@ class Run:
         self._saved = (time.monotonic(), 0)  # when the last checkpoint was written or read, and its step
 
     def open(self, parser: OneLineParser, make_logger: Callable[..., Any]) -> list[str]:
-        """Starts the run in its folder, or takes up the checkpoint that is there; lines to print.
+        """Starts the run in its folder, or restores the checkpoint in it; lines to print.
 
         `make_logger` takes the `state` of the logger before; None if there was none. Raises UserError if the checkpoint
         cannot be used; nothing has been changed then. Raises MachineError if the folder cannot be written.
@@ -78,7 +78,7 @@ class Run:
         return lines
 
     def _restore(self, parser: OneLineParser) -> tuple[list[str], dict[str, Any]]:
-        """Takes up the checkpoint; lines to print, and the logger's state."""
+        """Restores the checkpoint; lines to print, and the logger's state."""
         args, device, dtype = self.args, self.agent.device, self.env.action_space.dtype
         content, tensors = self.work_dir.checkpoint.load(self.replay, device)
         self.agent.load_state_dict(tensors["agent"])
@@ -101,10 +101,10 @@ class Run:
         return self.progress.step >= self.args.num_train_steps and not self.progress.evaluation_due()
 
     def begin_episode(self) -> np.ndarray:
-        """The observation at its start; an episode that was under way at a checkpoint is caught up by its actions.
+        """The first observation of an episode; of an interrupted one, the current one: its actions are repeated.
 
-        An environment whose episodes do not repeat under the same seed is found out here: a line says so, and the
-        episode begins anew.
+        If the environment does not repeat its episodes under the same seed, this prints a line, and the episode begins
+        anew.
         """
         now, seed = self.progress, seed_of(self.args.seed, "training", self.progress.episode)
         self.obs, _ = self.env.reset(seed=seed)
@@ -123,7 +123,7 @@ class Run:
         return self.obs
 
     def checkpoint_due(self) -> bool:
-        """Whether it is time for one, which is between episodes."""
+        """Whether a checkpoint is due; never within an episode."""
         args, step, (last_time, last_step) = self.args, self.progress.step, self._saved
         old = time.monotonic() - last_time >= 60 * args.checkpoint_minutes
         old = old or (args.checkpoint_freq is not None and step - last_step >= args.checkpoint_freq)

@@ -13,7 +13,7 @@ HANGUP = [signal.SIGHUP]  # the terminal is gone
 STOPPING = [signal.SIGINT, signal.SIGTERM, *HANGUP]  # Ctrl-C, and what schedulers and systems send before they kill
 
 
-class Stopped(Exception):  # noqa: N818  # no error
+class Stopped(Exception):  # noqa: N818  # not an error
     """A signal asked the program to stop, and it has come to a point where it can."""
 
 
@@ -29,7 +29,7 @@ class Stop:
 
     @contextmanager
     def listen(self) -> Iterator[None]:
-        """Hears signals until its end. A second one ends the program at once, unless it is SIGHUP.
+        """Handles signals within the context. A second one ends the program at once, unless it is SIGHUP.
 
         SIGHUP says that the terminal is gone, and may come twice: from the shell and from the system; printing must not
         fail then. Signals that the program was started to ignore (`nohup`) stay ignored. In a thread, where Python
@@ -39,14 +39,14 @@ class Stop:
         numbers = [number for number in STOPPING if main and signal.getsignal(number) is not signal.SIG_IGN]
         terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
-        def hear(number: int, _frame: Any) -> None:
+        def handle(number: int, _frame: Any) -> None:
             for each in numbers:
                 signal.signal(each, signal.SIG_IGN if each in HANGUP else signal.SIG_DFL)
             for descriptor in terminals if number in HANGUP else ():
                 os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
             self.number = number
 
-        before = {number: signal.signal(number, hear) for number in numbers}
+        before = {number: signal.signal(number, handle) for number in numbers}
         try:
             yield
         finally:

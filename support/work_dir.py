@@ -23,7 +23,7 @@ LIST = ".run_files"
 LOGS = ("args.json", "starts.log", "train.log", "eval.log")
 FOLDERS = ("tb", "video", "model", "buffer", "checkpoint")
 CHECKPOINT = "checkpoint/checkpoint.json"
-# What a run may write, but for TensorBoard's events, whose names are new each time.
+# What a run may write, except TensorBoard's events, whose names are new each time.
 NAMES = re.compile(
     rf"{'|'.join(map(re.escape, LOGS + FOLDERS))}|video/[0-9]+\.mp4|model/.*_[0-9]+\.pt|checkpoint/state_.*\.pt"
     rf"|buffer/{re.escape(INDEX)}|(buffer|checkpoint)/{CHUNK.pattern}"
@@ -111,7 +111,9 @@ class WorkDir:
         listed = self._listed()
         for name in names:
             if name not in listed and os.path.lexists(self.path / name):
-                raise UserError(f"{self.path / name} was not written by this run: move it away, then --resume goes on")
+                raise UserError(
+                    f"{self.path / name} was not written by this run: move it away, then --resume continues"
+                )
         self.note(*names)
 
     def note(self, *names: str) -> None:
@@ -120,7 +122,7 @@ class WorkDir:
             file.writelines(f"\n{name}\n" for name in names)
 
     def written(self) -> list[Path]:
-        """The files that the run in the folder has written, but for `checkpoint.json` and the list."""
+        """The files that the run in the folder has written, except `checkpoint.json` and the list."""
         listed = self._listed()
         replays = [match[1] for match in map(REPLAY.fullmatch, listed) if match]
         found = [name for name in self._names() if name in listed or self._bears(name, replays)]
@@ -137,7 +139,7 @@ class WorkDir:
         return set(path.read_text().splitlines()) if path.exists() else set()
 
     def _names(self) -> list[str]:
-        """Names of what lies in the folder and in a run's folders within it, without these themselves."""
+        """Names of the entries of the folder and of a run's folders in it, without these folders themselves."""
         folders = [self.path / name for name in FOLDERS if (self.path / name).is_dir()]
         paths = sorted(path for folder in (self.path, *folders) for path in folder.iterdir() if path not in folders)
         return [str(path.relative_to(self.path)) for path in paths]
@@ -153,7 +155,7 @@ def check_folder(folder: Path, name: str) -> None:
     """Raises UserError if the folder, which need not be there yet, cannot be made or written; `name` says which."""
     existing = existing_part(folder)
     if not existing.is_dir():
-        raise UserError(f"{name} cannot be made: {existing} is no folder")
+        raise UserError(f"{name} cannot be made: {existing} is not a folder")
     if not os.access(existing, os.W_OK):
         raise UserError(f"{name} cannot be written: choose another")
 

@@ -204,7 +204,7 @@ def test_goes_on_without_if_capture_fails(monkeypatch, first):
             agent.sample_action(np.zeros(SHAPES["pixel"], np.uint8))
         results.append((train(agent, make_replay("pixel"), STEPS), agent))
     assert_equal(*results)
-    assert lines == ["going on without CUDA graphs: operation not permitted"]
+    assert lines == ["continuing without CUDA graphs: operation not permitted"]
 
 
 def test_programming_errors_are_not_hidden(recorded):
@@ -260,7 +260,7 @@ for graphs in (False, True):
     for step in range(20):
         agent.update(replay, Silent(), step)
     assert torch.cuda.current_stream() == stream
-assert len(lines) == 1 and "going on without CUDA graphs" in lines[0], lines
+assert len(lines) == 1 and "continuing without CUDA graphs" in lines[0], lines
 assert_equal(*results, rtol=1e-3, atol=1e-4)
 print(lines[0])
 """

@@ -235,15 +235,15 @@ def test_a_checkpoint_serves_where_no_models_were_saved(run, capsys):
     state.write_bytes(state.read_bytes()[:100])
     assert_refused(capsys, run, run, words=(state, "100 bytes"))
     (run / "checkpoint" / "checkpoint.json").write_text("{}")
-    assert_refused(capsys, run, run, words="checkpoint.json is no checkpoint")
+    assert_refused(capsys, run, run, words="checkpoint.json is not a checkpoint")
 
 
 def test_folders_without_models(tmp_path, capsys):
     (tmp_path / "file").touch()
     (tmp_path / "run" / "model").mkdir(parents=True)
     assert_refused(capsys, tmp_path, "", words="work_dir is empty")
-    assert_refused(capsys, tmp_path, tmp_path / "none", words=(tmp_path / "none", "is no folder"))
-    assert_refused(capsys, tmp_path, tmp_path / "file", words=(tmp_path / "file", "is no folder"))
+    assert_refused(capsys, tmp_path, tmp_path / "none", words=(tmp_path / "none", "is not a folder"))
+    assert_refused(capsys, tmp_path, tmp_path / "file", words=(tmp_path / "file", "is not a folder"))
     assert_refused(capsys, tmp_path, tmp_path / "run", words=(tmp_path / "run", "holds no models", "--save_model"))
 
 
@@ -346,9 +346,9 @@ def bad_files(good, evil_path):
         "pickle of code": (lambda path: path.write_bytes(pickle.dumps(Evil(evil_path))), damaged),
         "code": (lambda path: torch.save(Evil(evil_path), path), damaged),
         "code among weights": (lambda path: torch.save(state | {"x": Evil(evil_path)}, path), damaged),
-        "list": (lambda path: torch.save([1, 2], path), "it is no dictionary of weights"),
-        "number": (lambda path: torch.save(dict.fromkeys(state, 3), path), "is no "),
-        "integers": (lambda path: torch.save({key: torch.arange(3) for key in state}, path), "is no "),
+        "list": (lambda path: torch.save([1, 2], path), "it is not a dictionary of weights"),
+        "number": (lambda path: torch.save(dict.fromkeys(state, 3), path), "is not a "),
+        "integers": (lambda path: torch.save({key: torch.arange(3) for key in state}, path), "is not a "),
         "other names": (lambda path: torch.save({1: torch.zeros(2)} | state, path), "it has 1, unlike the network"),
         "fewer": (lambda path: torch.save({key: state[key] for key in list(state)[1:]}, path), f"it lacks {first}"),
     }  # fmt: skip
@@ -486,7 +486,7 @@ def test_videos_that_cannot_be(runs, tmp_path, capsys, monkeypatch):
         "a.mp4": "exists already",
         "link.mp4": "exists already",
         "a.avi": "must end in .mp4",
-        "a.mp4/b.mp4": "is no folder",
+        "a.mp4/b.mp4": "is not a folder",
         300 * "x" + ".mp4": "File name too long",
     }.items():
         assert_refused(capsys, tmp_path, run, "--video", tmp_path / name, words=words)
@@ -530,7 +530,7 @@ def test_a_bad_action(run, tmp_path, capsys):
     torch.save(state, path)
     assert evaluate.main([*CPU, str(run), "--video", str(tmp_path / "new" / "a.mp4")]) == 1
     output = capsys.readouterr()
-    want = "evaluate.py: error: the policy's action is no number: the models of step 30 have diverged\n"
+    want = "evaluate.py: error: the policy's action is NaN or infinite: the models of step 30 have diverged\n"
     assert output.err == want
     assert "return" not in output.out
     assert not (tmp_path / "new").exists()

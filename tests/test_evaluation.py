@@ -257,7 +257,9 @@ def test_no_process_outlives_the_run(tmp_path, ending, moment):
     else:
         os.killpg(process.pid, ending)
     _, stderr = process.communicate(timeout=60)
-    assert stderr == "" or re.fullmatch(r"train\.py: stopped by SIGINT at step \d+: --resume goes on\n", stderr), stderr
+    assert stderr == "" or re.fullmatch(r"train\.py: stopped by SIGINT at step \d+: --resume continues it\n", stderr), (
+        stderr
+    )
     assert process.returncode in ((-signal.SIGKILL,) if ending == signal.SIGKILL else (130, -signal.SIGINT))
     deadline = time.monotonic() + 20
     while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children):

@@ -206,7 +206,7 @@ def test_a_program_that_is_stopped_in_its_first_updates_goes_on(tmp_path, capsys
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate("\n", timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
-    assert stderr == "program.py: stopped by SIGTERM at step 20: --resume goes on\n"
+    assert stderr == "program.py: stopped by SIGTERM at step 20: --resume continues it\n"
     assert checkpoint_of(folder)["progress"]["updates"] == 3
     assert train.main([*RUN, "--resume", "--work_dir", str(folder)]) == 0
     assert capsys.readouterr().err == ""
@@ -239,7 +239,7 @@ def test_stopped_in_an_update(tmp_path, monkeypatch, capsys, uninterrupted, numb
     assert (progress["step"], progress["updates"]) == (step, number)
     assert progress["actions"]
     assert progress["action"] is not None
-    assert capsys.readouterr().err == f"train.py: stopped by SIGTERM at step {step}: --resume goes on\n"
+    assert capsys.readouterr().err == f"train.py: stopped by SIGTERM at step {step}: --resume continues it\n"
     assert train.main([*command, "--resume"]) == 0
     assert capsys.readouterr().err == ""
     assert outcome(tmp_path / "log") == outcome(uninterrupted(*flags))

@@ -182,7 +182,7 @@ def test_stopping_a_sweep(tmp_path, number, running):
             process.kill()
     assert process.returncode == 128 + number
     assert "stopping: the runs write checkpoints" in out
-    assert err.splitlines()[-1] == f"sweep.py: stopped by {number.name}: the same command goes on"
+    assert err.splitlines()[-1] == f"sweep.py: stopped by {number.name}: the same command continues it"
     assert "0 of 2 runs have ended, 0 are running, 0 failed" in out
     assert all(saved(folder) >= 20 for folder in folders)
     assert all("stopped by SIGTERM at step" in (folder / "output.log").read_text() for folder in folders)

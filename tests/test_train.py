@@ -310,7 +310,7 @@ def test_a_bad_action_stops_the_run(tmp_path, monkeypatch, capsys):
             flags += " --eval_workers 1"
             command = [*flags.split(), "--num_train_steps", "50", "--device", "cpu", "--work_dir", str(tmp_path / name)]
             assert train.main(command) == 1
-        assert f"action is no number at step {step}: the run has diverged" in capsys.readouterr().err
+        assert f"action is NaN or infinite at step {step}: the run has diverged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -391,13 +391,13 @@ def test_a_folder_that_holds_a_run_is_refused(tmp_path, capsys, name):
 
 def test_impossible_folders_are_refused(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("precious")
-    assert_refused(tmp_path / "file", capsys, [], "is no folder")
-    assert_refused(tmp_path / "file" / "below", capsys, [], "is no folder")
+    assert_refused(tmp_path / "file", capsys, [], "is not a folder")
+    assert_refused(tmp_path / "file" / "below", capsys, [], "is not a folder")
     assert_refused(tmp_path / (300 * "x"), capsys, [], "cannot be used")
     assert_refused("", capsys, [], "work_dir is empty")
     assert_refused("/proc/new", capsys, SMALL, "")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    assert_refused(tmp_path / "link", capsys, [], "is no folder")
+    assert_refused(tmp_path / "link", capsys, [], "is not a folder")
     (tmp_path / "link").unlink()
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     assert_refused(tmp_path / "new", capsys, [], "cannot be written")
@@ -756,7 +756,7 @@ def test_interrupt(tmp_path):
             break
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
-    assert re.fullmatch(r"train.py: stopped by SIGINT at step \d+: --resume goes on\n", process.stderr.read())
+    assert re.fullmatch(r"train.py: stopped by SIGINT at step \d+: --resume continues it\n", process.stderr.read())
 
 
 @pytest.mark.parametrize("seconds", [0.3, 1.5, 2.5])
@@ -766,7 +766,7 @@ def test_interrupt_while_starting(tmp_path, seconds):
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) in (-signal.SIGINT, 130)
-    assert process.stderr.read() in ("", "train.py: stopped by SIGINT at step 0: --resume goes on\n")
+    assert process.stderr.read() in ("", "train.py: stopped by SIGINT at step 0: --resume continues it\n")
 
 
 def test_a_gpu_without_room(tmp_path, monkeypatch, capsys):
