@@ -14,6 +14,7 @@ import resource
 import runpy
 import signal
 import sys
+import threading
 from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,10 +72,19 @@ class Program:
         return self.returncode
 
     def communicate(self, timeout=60):
-        """What it prints from now on."""
+        """What it prints from now on. After the timeout, all of its session is killed, and TimeoutError raised.
+
+        The pipes are open as long as any process holds them, one that outlives the program, too.
+        """
+        timer = threading.Timer(timeout, os.killpg, (self.pid, signal.SIGKILL))
+        timer.start()
         try:
-            return self.stdout.read(), self.stderr.read()
+            printed = self.stdout.read(), self.stderr.read()
+            if timer.finished.is_set():
+                raise TimeoutError
+            return printed
         finally:
+            timer.cancel()
             self.wait(timeout)
             self.stdout.close()
             self.stderr.close()
