@@ -106,7 +106,9 @@ class Agent:
         """One update by each optimiser. Only `inputs` get gradients; None: all tensors. Returns the loss, detached."""
         for optimizer in optimizers:
             optimizer.zero_grad()
-        loss.backward(inputs=inputs)
+        # Backwards, each operation has the type that autocast gave it forwards; autocast would cast once more.
+        with torch.autocast(self.device.type, enabled=False):
+            loss.backward(inputs=inputs)
         for optimizer in optimizers:
             optimizer.step()
         return loss.detach()

@@ -191,6 +191,9 @@ def test_bfloat16_stays_near_float32_and_keeps_what_must_be_exact():
     for optimizer in (agent.critic_optimizer, agent.actor_optimizer, agent.encoder_optimizer, agent.decoder_optimizer):
         for parameter, state in optimizer.state.items():
             assert {parameter.dtype, state["exp_avg"].dtype, state["exp_avg_sq"].dtype} == {torch.float32}
+    for network in (agent.critic.Q1, agent.actor):  # the last layers compute in float32 backwards, too
+        gradient = network.trunk[-1].weight.grad
+        assert not torch.equal(gradient, gradient.bfloat16().float())
     with pytest.raises(ValueError, match="unknown precision"):
         golden.make_agent(case, precision="fp16")
 
