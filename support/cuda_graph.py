@@ -69,7 +69,7 @@ class Graphs:
 
     def __init__(self, agent: Agent, report: Callable[[str], Any]):
         self._device, self._report = agent.device, report
-        self._update, self._actions = agent.update_from, agent.actions
+        self._update, self._actions, self._optimizers = agent.update_from, agent.actions, agent.optimizers.values()
         self._captured: dict[Any, Capture] = {}
         self._calls: Counter[Any] = Counter()
         self._names: dict[Any, list[str]] = {}  # of an update's metrics
@@ -84,6 +84,8 @@ class Graphs:
         def update(*batch: Tensor) -> Tensor:
             metrics = self._update(batch, due)
             self._names[due] = list(metrics)
+            for optimizer in self._optimizers:  # or histograms would show gradients in memory that graphs overwrite
+                optimizer.zero_grad()
             return torch.stack([value.double() for value in metrics.values()])
 
         values = self._call(("update", due), update, batch)

@@ -131,6 +131,17 @@ def test_default_combinations(recorded):
     assert make_agent("state").due(0) == Due(actor=True, target=True, decoder=False)
 
 
+def test_no_gradients_of_another_update_are_shown(recorded):
+    """Kinds take turns; in memory that graphs share, gradients of the kind captured last would lie."""
+    agents = [make_agent("pixel", graphs=graphs) for graphs in (False, True)]
+    for agent in agents:
+        train(agent, make_replay("pixel"), STEPS)
+    plain, graphed = ([parameter.grad for parameter in agent.critic.parameters()] for agent in agents)
+    assert all(gradient is not None for gradient in plain)
+    for mine, other in zip(graphed, plain, strict=True):
+        assert mine is None or torch.equal(mine, other)
+
+
 def test_first_calls_of_a_kind_are_real_and_not_captured(recorded):
     agent, replay = make_agent("state", graphs=True), make_replay("state")
     for count in range(1, 6):
