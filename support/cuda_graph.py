@@ -5,6 +5,7 @@ https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -30,10 +31,12 @@ class Capture:
     """
 
     def __init__(self, function: Callable[..., Tensor], arguments: Sequence[Tensor], device: torch.device, pool: Any):
+        # Each graph takes one of PyTorch's 32 streams, and frees the stream's workspaces when it is destroyed. Those of
+        # agents that are gone go first: https://github.com/pytorch/pytorch/issues/193402
+        gc.collect()
         with torch.cuda.device(device):
             self._graph = torch.cuda.CUDAGraph()
             self._arguments = [torch.empty_like(argument, device=device) for argument in arguments]
-            # A stream of its own for each graph: https://github.com/pytorch/pytorch/issues/193402
             stream = torch.cuda.Stream()
             try:
                 # The outer context restores the stream if the capture fails. "thread_local": the thread that gathers

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
+import weakref
 from concurrent.futures import Future
 from typing import get_args
 
@@ -183,6 +185,26 @@ def test_a_fault_is_caught_at_the_capture(gpu, monkeypatch):
         agent.update(replay, Silent(), 0)
     with pytest.raises(NotCapturableError, match="host memory"):
         agent.update(replay, Silent(), 0)
+
+
+def test_graphs_of_an_agent_that_is_gone_are_gone(gpu):
+    """Before the next capture: PyTorch has 32 streams, and destroying a graph frees workspaces of its stream."""
+
+    def act(agent):
+        for _ in range(cuda_graph.WARMUP + 1):
+            agent.sample_action(observation("state"))
+
+    gc.collect()
+    gc.disable()
+    try:
+        agent = make_agent("state", "cuda", graphs=True)
+        act(agent)
+        gone = weakref.ref(agent)
+        del agent
+        act(make_agent("state", "cuda", graphs=True))
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU there is no need of a compiler")
