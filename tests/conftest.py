@@ -33,3 +33,19 @@ def gpu(compiler):
 
     with fake_gpu():
         yield
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Compiled code calls PyTorch's own operations, which recordings and watches see. A list grows at each call."""
+    import torch
+
+    calls, compile_, aot_eager = [], torch.compile, torch._dynamo.lookup_backend("aot_eager")
+
+    def backend(module, inputs):
+        run = aot_eager(module, inputs)
+        return lambda *args: calls.append(run) or run(*args)
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compile_(function, backend=backend))
+    yield calls
+    torch._dynamo.reset()

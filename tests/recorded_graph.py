@@ -20,6 +20,10 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.operations, self.before = [], {}
 
+    @classmethod
+    def ignore_compile_internals(cls):
+        return True  # or nothing would run compiled
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError("operation not permitted when stream is capturing")

@@ -149,6 +149,35 @@ def test_first_calls_of_a_kind_are_real_and_not_captured(recorded):
         assert RecordedGraph.made == (count > cuda_graph.WARMUP)
 
 
+def test_compiled_losses_are_captured(recorded, compiled):
+    """A capture runs the compiled code of the four losses once; a replay does not run it."""
+    results, steps = [], [0] * (cuda_graph.WARMUP + 3)
+    for graphs in (False, True):
+        agent = make_agent("pixel", graphs=graphs, compile=True)
+        results.append((train(agent, make_replay("pixel"), steps), agent))
+        assert len(compiled) == 4 * (cuda_graph.WARMUP + 1 if graphs else len(steps))
+        compiled.clear()
+    assert_equal(*results)
+
+
+class Fetching(SacAeAgent):
+    """Its loss cannot be captured."""
+
+    def critic_loss(self, *batch):
+        loss = super().critic_loss(*batch)
+        return loss * (1 if loss.item() > -1 else 2)
+
+
+def test_goes_on_without_if_a_compiled_loss_cannot_be_captured(recorded, compiled):
+    results, lines = [], []
+    for graphs in (False, True):
+        agent = make_agent("state", graphs=graphs, report=lines.append, cls=Fetching, compile=True)
+        results.append((train(agent, make_replay("state"), STEPS), agent))
+    assert_equal(*results)
+    assert lines == ["continuing without CUDA graphs: operation not permitted when stream is capturing"]
+    assert compiled
+
+
 class Curious(SacAeAgent):
     """Has one more network, optimiser and metric."""
 

@@ -90,6 +90,17 @@ def test_the_loop(gpu, kind, graphs, frames_device):
         act(agent, kind)
 
 
+@pytest.mark.parametrize("precision", [None, "bf16"])
+def test_compiled_updates(gpu, compiled, precision):
+    """Their operations are PyTorch's own here: Triton's kernels are for a real GPU."""
+    agent = make_agent("pixel", "cuda", graphs=True, compile=True, precision=precision)
+    replay = make_replay("pixel", "cuda", "cuda")
+    for step in range(2 * cuda_graph.WARMUP + 4):
+        with Watch():
+            agent.update(replay, Silent(), step)
+    assert compiled
+
+
 @pytest.mark.parametrize("frames_device", ["cuda:1", "cpu"])
 @pytest.mark.parametrize("kind", SHAPES)
 def test_the_second_gpu(gpu, kind, frames_device):
