@@ -63,10 +63,12 @@ def measure(calls: Calls, times: Times) -> None:
 
 def interleaved(calls: Calls, rounds: int) -> Times:
     """Seconds of each call, round after round, so that a change of the machine's load meets all calls."""
+    for _ in range(WARMUP):
+        measure(calls, {})
     times, begun = Times(), time.perf_counter()
-    for index in range(WARMUP + rounds):
-        if index < WARMUP + LEAST_ROUNDS or time.perf_counter() - begun < MOST_SECONDS:
-            measure(calls, times if index >= WARMUP else {})
+    for index in range(rounds):
+        if index < LEAST_ROUNDS or time.perf_counter() - begun < MOST_SECONDS:
+            measure(calls, times)
     return times
 
 

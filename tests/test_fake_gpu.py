@@ -7,6 +7,7 @@ import gc
 import itertools
 import weakref
 from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
@@ -243,3 +244,14 @@ def test_the_bench_of_updates(gpu, monkeypatch, capsys):
     results = bench.bench_update("pixel", rounds=1)
     assert results.keys() >= {"this", "this, bf16", "this, tf32", "this, without CUDA graphs", "plain", *trials}
     assert "Not measured: there is nothing to compile for" in capsys.readouterr().out
+
+
+def test_warming_up_takes_none_of_a_table_s_time(monkeypatch):
+    """Compiling takes longer than all that is measured."""
+    clock = [0.0]
+
+    def call():
+        clock[0] += 100 if clock[0] < 100 * bench.WARMUP else 1
+
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert bench.interleaved({"call": call}, rounds=100) == {"call": [1] * int(bench.MOST_SECONDS)}
