@@ -284,6 +284,7 @@ def test_values_that_are_fetched_late():
 FAILING_CAPTURE = """
 import torch
 from test_cuda_graph import *
+torch.backends.cudnn.deterministic = True
 lines = []
 compute = SacAeAgent.critic_loss
 def fetching(self, *batch):
