@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from files import write_json
 from sac_ae import SacAeAgent
-from support import cuda_graph, report, roofline
+from support import cuda_graph, report
 from support.evaluation import SideBySide, play
 from support.flags import OneLineParser, number, user_path
 from support.machine import check_bf16, check_compiler, cores
@@ -37,6 +37,7 @@ from support.prefetch import Prefetched
 from utils import ReplayBuffer, set_seed_everywhere
 
 sys.path.insert(0, str(Path(__file__).parent / "tests"))
+import roofline
 from plain import PlainAgent, PlainEnv, PlainReplay
 
 Results = dict[str, Any]

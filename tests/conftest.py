@@ -16,8 +16,9 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
 @pytest.fixture
 def compiler():
     """What a fake GPU takes on a build of PyTorch without CUDA."""
+    from fake_gpu import fake_gpu
+
     from errors import MachineError
-    from support.fake_gpu import fake_gpu
 
     try:
         with fake_gpu():
@@ -29,7 +30,7 @@ def compiler():
 @pytest.fixture
 def gpu(compiler):
     """A fake one."""
-    from support.fake_gpu import fake_gpu
+    from fake_gpu import fake_gpu
 
     with fake_gpu():
         yield

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from support.watch import tensors_in
+from watch import tensors_in
 
 
 def memory_of(*values):

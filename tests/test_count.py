@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import roofline
 import torch
 import torch.nn.functional as F
+from count import Count
+from roofline import Gpu
 from test_cuda_graph import SHAPES, SIZES
 
 import bench
 from precision import layers_in
-from support import machine, roofline
-from support.count import Count
-from support.roofline import Gpu
+from support import machine
 
 FLOAT = 4  # bytes
 

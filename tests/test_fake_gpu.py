@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import torch
 import toy
+from fake_gpu import fake_gpu
 from test_cuda_graph import SHAPES, Silent, make_agent, make_replay
 from test_logger import read_events
 from test_train import SMALL, read_log
+from watch import NotCapturableError, WaitsError, Watch
 
 import bench
 import train
@@ -26,8 +28,6 @@ from errors import MachineError, UserError
 from sac_ae import Due, SacAeAgent
 from settings import Precision
 from support import cuda_graph, prefetch
-from support.fake_gpu import fake_gpu
-from support.watch import NotCapturableError, WaitsError, Watch
 
 PRECISIONS = [None, *get_args(Precision)]
 DUE = [Due(*due) for due in itertools.product((False, True), repeat=3)]

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from count import Count
+from fake_gpu import fake_gpu
+from watch import Watch
 
 from replay_buffer import ReplayBuffer, Shape
 from sac_ae import Due, SacAeAgent
-from support.count import Count
-from support.fake_gpu import fake_gpu
-from support.watch import Watch
 
 LAUNCH = 2e-6  # seconds from one kernel to the next, in a CUDA graph or from a host that is ahead
 

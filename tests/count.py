@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-
-from support.watch import tensors_in
+from watch import tensors_in
 
 aten = torch.ops.aten
 # No kernel: memory is taken, or named.

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._mode_utils import no_dispatch
+from watch import Watch, tensors_in
 
 from errors import MachineError
 from files import writing
-from support.watch import Watch, tensors_in
 
 aten = torch.ops.aten
 # What takes the place of PyTorch's own. A capture is watched; a replay does nothing.
