@@ -21,11 +21,11 @@ from support.work_dir import WorkDir
 def parse(parser: OneLineParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags in force: a resumed run keeps those that are not given, except the machine's.
 
-    Raises UserError if there is a checkpoint to resume, but it cannot be read.
+    Raises UserError if there is a run to resume, but its checkpoint cannot be read.
     """
     args = parser.parse_args(argv)
     checkpoint = WorkDir(Path(args.work_dir)).checkpoint
-    if not (args.resume and args.work_dir and checkpoint.exists()):
+    if not (args.resume and args.work_dir and checkpoint.begun()):
         return args
     given, then = parser.given(argv), checkpoint.read()["args"]
     for name, kind in parser.resume.items():

@@ -71,29 +71,29 @@ class Pace:
     WORTH_SAYING = 3600.0  # seconds that are left
 
     def __init__(self, device: torch.device):
-        self._device, self._last = device, time.perf_counter()
+        self._device, self._last, self._said = device, 0.0, False
         self._updates: list[float] = []  # seconds of each
         self._rests: list[float] = []  # seconds from the updates of a decision to those of the next
 
     def updates(self, count: int, left: int) -> Iterator[int]:
         """The numbers of the updates of a decision, which the caller makes; `left` decisions are to come after it."""
         numbers: Iterable[int] = progress(range(count), "first updates") if count > 1 else range(count)
-        timed = self.WARMUP + self.TIMED
-        if len(self._updates) < timed:
-            self._lap(self._rests)
+        self._lap(self._rests)
         for number in numbers:
             yield number
-            if len(self._updates) < timed:
-                self._lap(self._updates)
-                if len(self._updates) == timed:
-                    self._say(count - number - 1 + left, left)
+            self._lap(self._updates)
+            if not self._said and len(self._updates) >= self.WARMUP + self.TIMED and self._rests:
+                self._said = True
+                self._say(count - number - 1 + left, left)
 
     def _lap(self, seconds: list[float]) -> None:
-        """Notes the time since the last call."""
+        """Notes the time since the last call, if there was one."""
+        if self._said:
+            return
         if self._device.type == "cuda":  # for these few; later nothing waits
             torch.cuda.synchronize(self._device)
         before, self._last = self._last, time.perf_counter()
-        seconds.append(self._last - before)
+        seconds += [self._last - before] if before else []
 
     def _say(self, updates: int, decisions: int) -> None:
         # Medians: an evaluation or a checkpoint may come between two decisions.

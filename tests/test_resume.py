@@ -407,13 +407,13 @@ def test_flags_that_may_change_are_noted(tmp_path, ended, capsys):
 
 
 def test_resume_starts_where_there_is_nothing(tmp_path, uninterrupted, capsys):
-    """An empty folder, or one whose run was killed before its first checkpoint."""
+    """An empty folder, or one whose run was killed before its first checkpoint; its flags need not be repeated."""
     folder = tmp_path / "log"
     run, resources = open_run(*RUN, "--resume", "--work_dir", str(folder))
     with resources:
         train.evaluate(run)
     assert (folder / "eval.log").exists()
-    assert train.main([*RUN, "--resume", "--work_dir", str(folder)]) == 0
+    assert train.main(["--resume", "--eval_workers", "1", "--work_dir", str(folder)]) == 0
     assert "there is no checkpoint yet" in capsys.readouterr().out
     assert outcome(folder) == uninterrupted()
 

@@ -595,8 +595,8 @@ def test_asking_for_bfloat16_changes_nothing(filters):
 
 
 def pace_of(monkeypatch, capsys, update, counts, left, rest=0.5):
-    """What a run says whose updates and rests of a decision take so many seconds."""
-    clock = [0.0]
+    """What a run says whose updates and rests of a decision take so many seconds; the start takes 100."""
+    clock = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     pace = report.Pace(torch.device("cpu"))
     for count in counts:
@@ -614,6 +614,12 @@ def test_the_time_that_is_left_is_said_once(monkeypatch, capsys, update, said):
         hours = ((7000 + burst) * update + 7000 * 0.5) / 3600
         line = f"note: an update takes {update:.3g} s, the rest of a decision 0.5 s: {hours:.1f} hours are left, "
         assert printed == (f"{line}evaluations not counted\n" if said else "")
+
+
+def test_a_run_that_resumes_in_the_burst_waits_for_a_whole_decision(monkeypatch, capsys):
+    """What came before the first update was a start."""
+    assert pace_of(monkeypatch, capsys, 2.0, [100], left=7000) == ""
+    assert "the rest of a decision 0.5 s" in pace_of(monkeypatch, capsys, 2.0, [100, 1], left=7000)
 
 
 def test_long_times_are_said_in_days(monkeypatch, capsys):
