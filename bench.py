@@ -75,12 +75,12 @@ def interleaved(calls: Calls, rounds: int) -> Times:
 
 def show(title: str, times: Times, parts: int = 1) -> Results:
     """Prints a table and returns its numbers. A call does `parts` of what the title says; the last is the plain way."""
-    print(f"\n{title}\n\n| | microseconds (middle half) | plain way takes |\n|---|---|---|")
+    report.show(f"\n{title}\n\n| | microseconds (middle half) | plain way takes |\n|---|---|---|")
     results, plain = {}, np.median(list(times.values())[-1]) * 1e6 / parts
     for name, seconds in times.items():
         low, median, high = np.percentile(seconds, (25, 50, 75)) * 1e6 / parts
         ratio = plain / median
-        print(f"| {name} | {median:,.0f} ({low:,.0f} to {high:,.0f}) | {ratio:.2f} times as long |")
+        report.show(f"| {name} | {median:,.0f} ({low:,.0f} to {high:,.0f}) | {ratio:.2f} times as long |")
         results[name] = {"median_us": median, "low_us": low, "high_us": high, "plain_over_this": ratio}
     return results
 
@@ -123,7 +123,7 @@ def bench_replay(capacity: int, batches: int) -> Results:
             time.sleep(0.02 if ON_GPU else 0)  # about an update, in which the next batch is prefetched
             measure({name: storage.sample for name, storage in storages.items()}, samples)
     for name, storage in storages.items():
-        print(f"{name}: {storage.nbytes:,} bytes for {capacity:,} transitions")
+        report.show(f"{name}: {storage.nbytes:,} bytes for {capacity:,} transitions")
     return {
         "bytes": {name: storage.nbytes for name, storage in storages.items()},
         "add": show("Replay: one `add`", adds),
@@ -156,7 +156,7 @@ TRIALS = {"channels-last": in_channels_last, "cudnn.benchmark": with_fastest_alg
 def bench_update(kind: str, rounds: int) -> Results:
     """Two updates, one of them with the actor; each takes a batch from the replay."""
     variants: dict[str, list[str]] = {"this": []}
-    not_measured = partial(report.one_line, lambda reason: print(f"\nNot measured: {reason}"))
+    not_measured = partial(report.one_line, lambda reason: report.show(f"\nNot measured: {reason}"))
     with not_measured():
         check_bf16(DEVICE, filters=32 if kind == "pixel" else 0, hidden_dim=1024)
         variants["this, bf16"] = ["--precision", "bf16"]
@@ -195,7 +195,7 @@ def floor(flops: float, measured_us: float) -> Results:
     floor = {"gflop": flops / 1e9, "gflop_per_s": rate / 1e9, "least_us": flops / rate * 1e6}
     floor["reached"] = floor["least_us"] / measured_us
     text = "{gflop:.2f} GFLOP at the measured {gflop_per_s:,.0f} GFLOP/s: {least_us:,.0f} us; the update reaches"
-    print(f"\nFloor: {text.format(**floor)} {floor['reached']:.0%} of that.")
+    report.show(f"\nFloor: {text.format(**floor)} {floor['reached']:.0%} of that.")
     return floor
 
 
@@ -279,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     kinds, rounds = [args.kind] if args.kind else list(OBS_SHAPES), args.rounds
     if args.command == "count":
-        with report.one_line(parser.error):
+        with report.one_line(parser.fail):
             roofline.show(args.gpu, {kind: OBS_SHAPES[kind] for kind in kinds}, ACTION_SHAPE, BATCH_SIZE)
         return
     # By their names among the results, which begin with the command.
@@ -292,8 +292,8 @@ def main(argv: list[str] | None = None) -> None:
         "eval": lambda: bench_evaluation(rounds),
     }
     results: Results = {"machine": machine()}
-    print(json.dumps(results["machine"]))
-    with report.one_line(parser.error):
+    with report.one_line(parser.fail):
+        report.show(json.dumps(results["machine"]))
         for name, part in parts.items():
             if args.command in ("all", name.partition("_")[0]):
                 results[name] = part()

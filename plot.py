@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from scipy import stats
 
+from support import report
 from support.flags import OneLineParser, user_path
 
 PUBLISHED = Path(__file__).parent / "results" / "published.csv"
@@ -282,7 +283,8 @@ def main(argv: list[str] | None = None) -> int:
                 (Path(folder) / name).replace(out / name)
     except OSError as error:
         parser.error(f"--out {out} cannot be written: {error.strerror}")
-    print((out / "scores.md").read_text(), end="")
+    with report.one_line(parser.fail):
+        report.show((out / "scores.md").read_text().rstrip())
     return 0
 
 

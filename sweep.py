@@ -249,8 +249,9 @@ def main(argv: list[str] | None = None) -> int:
     with report.one_line(parser.error):
         runs = make_runs(args)
     if args.dry_run:
-        for run in runs:
-            print(f"{run.name}: about {run.memory / 1e9:.1f} GB, python train.py {shlex.join(run.flags)}")
+        with report.one_line(parser.fail):
+            for run in runs:
+                report.show(f"{run.name}: about {run.memory / 1e9:.1f} GB, python train.py {shlex.join(run.flags)}")
         return 0
     console, waiting = Console(markup=False, highlight=False), [run for run in runs if run.state == "waits"]
     try:

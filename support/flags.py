@@ -26,6 +26,10 @@ class OneLineParser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
         self.resume: dict[str, Resume] = {}  # by name of the flag
 
+    def fail(self, message: str) -> NoReturn:
+        """Prints the message on stderr and exits with status 1."""
+        self.exit(1, f"{self.prog}: error: {' '.join(message.split())}\n")
+
     def error(self, message: str) -> NoReturn:
         """Prints the message on stderr and exits with status 2."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")

@@ -14,6 +14,7 @@ from watch import Watch
 
 from replay_buffer import ReplayBuffer, Shape
 from sac_ae import Due, SacAeAgent
+from support import report
 
 LAUNCH = 2e-6  # seconds from one kernel to the next, in a CUDA graph or from a host that is ahead
 
@@ -80,13 +81,13 @@ def counts(obs_shape: Shape, action_shape: Shape, batch_size: int, **settings: A
 def show(peaks: Gpu, obs_shapes: Mapping[str, Shape], action_shape: Shape, batch_size: int) -> None:
     """Prints a table of the counts at default settings, by observations and precision."""
     numbers = ", ".join(f"{name} {peak:g}" for name, peak in peaks._asdict().items())
-    print(
+    report.show(
         f"Peaks (memory TB/s, products TFLOP/s): {numbers}. Batches of {batch_size}, PyTorch {torch.__version__}.\n"
         "MB at once: what an update makes, beside weights, moments and batch. Least: microseconds, if each operation "
         f"reaches a peak; with launches: if no kernel takes less than {LAUNCH * 1e6:g}.\n"
     )
-    print("| observations | precision | what | kernels | GFLOP | MB moved | MB at once | least | with launches |")
-    print("|---|---|---|--:|--:|--:|--:|--:|--:|")
+    report.show("| observations | precision | what | kernels | GFLOP | MB moved | MB at once | least | with launches |")
+    report.show("|---|---|---|--:|--:|--:|--:|--:|--:|")
     for (kind, shape), precision in itertools.product(obs_shapes.items(), (None, "fp32", "tf32", "bf16")):
         types = "pixel" if len(shape) == 3 else "identity"
         settings = {"encoder_type": types, "decoder_type": types, "precision": precision}
@@ -94,7 +95,7 @@ def show(peaks: Gpu, obs_shapes: Mapping[str, Shape], action_shape: Shape, batch
             for name, count in counts(shape, action_shape, batch_size, **settings):
                 kernels, flop, moved = map(count.total, ("kernels", "flop", "bytes"))
                 times = [least(count, peaks, launch) * 1e6 for launch in (0.0, LAUNCH)]
-                print(
+                report.show(
                     f"| {kind} | {precision or 'default'} | {name} | {kernels} | {flop / 1e9:.2f} | {moved / 1e6:,.1f} "
                     f"| {count.peak / 1e6:,.1f} | {times[0]:,.0f} | {times[1]:,.0f} |"
                 )

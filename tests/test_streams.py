@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,15 @@ def test_other_programs_without_standard_streams(run, tmp_path, program, closed)
     assert (result.returncode, result.stderr) == (0, "")
     if program == "plot.py":
         assert (tmp_path / "plots" / "scores.md").exists()
+
+
+@pytest.mark.parametrize("words", ["plot.py FOLDER --out FOLDER/plots", "sweep.py --dry_run", "bench.py act"])
+def test_an_output_that_is_full_is_one_line(run, tmp_path, words):
+    shutil.copytree(run, tmp_path / "run")
+    result = run_process(*words.replace("FOLDER", str(tmp_path)).split(), redirect=">/dev/full")
+    program = words.split()[0]
+    error = f"{program}: error: [Errno 28] No space left on device\n"
+    assert (result.returncode, result.stderr) == (1, error)
 
 
 def test_a_closed_stream_is_not_the_next_file():
