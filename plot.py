@@ -81,7 +81,8 @@ def find_runs(folders: Iterable[Path]) -> Iterator[Run]:
         for path in found:
             paths.setdefault(path.resolve(), path)
         if not found:
-            print(f"{folder}: no run there, nothing with an args.json", file=sys.stderr)
+            what = "no run there, nothing with an args.json" if folder.is_dir() else "the folder does not exist"
+            print(f"{folder}: {what}", file=sys.stderr)
     for path in paths.values():
         try:
             yield read_run(path)

@@ -9,11 +9,8 @@ from typing import Any
 
 from errors import MachineError
 
-# Users set these to choose a renderer or a driver. If rendering fails, the message names those that are set.
-_VARIABLES = (
-    *("MUJOCO_GL", "MUJOCO_EGL_DEVICE_ID", "PYOPENGL_PLATFORM", "EGL_PLATFORM", "GALLIUM_DRIVER"),
-    *("__EGL_VENDOR_LIBRARY_DIRS", "__EGL_VENDOR_LIBRARY_FILENAMES", "LIBGL_DRIVERS_PATH"),
-)
+# Users set variables that begin so to choose a renderer or a driver. If rendering fails, the message names them.
+_VARIABLES = ("MUJOCO_", "PYOPENGL_", "EGL_", "__EGL_", "GALLIUM_", "LIBGL_", "MESA_")
 _CHOSEN = "DMC2GYM_RENDERER"  # the MUJOCO_GL that `choose_backend` has set, in this process or in a parent
 _CHOSEN_GPU = "DMC2GYM_EGL_DEVICE_ID"  # the MUJOCO_EGL_DEVICE_ID that `render_on` has set
 _SOFTWARE = ("llvmpipe", "softpipe", "swrast", "software")
@@ -69,8 +66,8 @@ def renderer_error(cause: Exception) -> RendererError:
     # Values that this package or dm_control has set are not the user's.
     ours = {"MUJOCO_GL": os.environ.get(_CHOSEN), "PYOPENGL_PLATFORM": os.environ.get("MUJOCO_GL")}
     ours["MUJOCO_EGL_DEVICE_ID"] = os.environ.get(_CHOSEN_GPU)
-    found = {name: os.environ[name] for name in _VARIABLES if os.environ.get(name) not in (None, ours.get(name))}
-    named = ", ".join(f"{name}={value}" for name, value in found.items())
+    found = [(name, value) for name, value in os.environ.items() if name.startswith(_VARIABLES)]
+    named = ", ".join(f"{name}={value}" for name, value in found if value != ours.get(name))
     reason = " ".join(str(cause).split()) or type(cause).__name__
     advice = f"{named} is set: unset it, or choose another value" if named else _INSTALL_HINT
     return RendererError(f"no usable renderer ({reason}); {advice}")
@@ -88,6 +85,9 @@ def start_renderer(physics: Any, height: int = 0, width: int = 0) -> None:
                 physics._free_rendering_contexts()
         _ = physics.contexts  # dm_control starts the renderer here
     except Exception as error:  # each backend and driver raises its own kinds
+        from dm_control.mujoco.wrapper.core import MjrContext
+
+        MjrContext._ptr = lambda _: None  # of one that was not made: its end would print a traceback
         raise renderer_error(error) from error
 
 

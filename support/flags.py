@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -46,6 +48,16 @@ class OneLineParser(argparse.ArgumentParser):
             self.resume[name] = resume
 
         return add
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but says of a flag without a value that it takes none."""
+        words = list(sys.argv[1:] if args is None else args)
+        for word, after in itertools.pairwise([*words, "--"]):
+            name, equals, value = word.partition("=")
+            flag = self._option_string_actions.get(name)
+            if isinstance(flag, argparse.BooleanOptionalAction) and (equals or not after.startswith("-")):
+                self.error(f"{name} takes no value, not {value or after}: write {' or '.join(flag.option_strings)}")
+        return super().parse_known_args(words, namespace)
 
     def given(self, argv: Sequence[str] | None) -> dict[str, Any]:
         """The flags that a command line names, without the defaults of the others."""

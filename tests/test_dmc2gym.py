@@ -417,6 +417,7 @@ def test_an_automatic_choice_falls_back_where_egl_loads_but_does_not_work():
         {"PYOPENGL_PLATFORM": "glx"},
         {"MUJOCO_GL": "disabled"},
         {"MUJOCO_GL": "glfw"},
+        {"MESA_GL_VERSION_OVERRIDE": "1.0"},
     ],
 )
 def test_states_work_and_pixels_name_the_variable_that_the_user_set(chosen):

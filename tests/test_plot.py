@@ -263,9 +263,9 @@ def test_folders_without_runs(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     folders = [tmp_path / "nowhere", run / "eval.log", tmp_path / "empty"]
     assert plot.main([*map(str, folders), str(run), "--out", str(tmp_path / "out")]) == 0
-    assert capsys.readouterr().err.splitlines() == [
-        f"{folder}: no run there, nothing with an args.json" for folder in folders
-    ]
+    reasons = [*["the folder does not exist"] * 2, "no run there, nothing with an args.json"]
+    expected = [f"{folder}: {reason}" for folder, reason in zip(folders, reasons, strict=True)]
+    assert capsys.readouterr().err.splitlines() == expected
 
 
 @pytest.mark.parametrize("name", plot.FILES)

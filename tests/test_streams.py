@@ -171,11 +171,13 @@ def test_a_home_folder_is_expanded(run, tmp_path):
 @pytest.mark.parametrize(
     ("program", "flags", "words"),
     [
-        ("train", ["--save_tb=false"], "--save_tb/--no-save_tb: ignored explicit argument 'false'"),
-        ("train", ["--save_video", "True"], "unrecognized arguments: True"),
-        ("train", ["--seed", "1", "--resume", "yes", "--save_tb"], "unrecognized arguments: yes"),
-        ("sweep", ["--dry_run=false"], "ignored explicit argument 'false'"),
-        ("sweep", ["--dry_run", "--", "--save_tb", "True"], "unrecognized arguments: True"),
+        ("train", ["--save_tb=false"], "--save_tb takes no value, not false: write --save_tb or --no-save_tb"),
+        ("train", ["--save_video", "True"], "--save_video takes no value, not True: write --save_video or --no-"),
+        ("train", ["--seed", "1", "--resume", "yes", "--save_tb"], "write --resume or --no-resume"),
+        ("train", ["--no-save_model=1"], "--no-save_model takes no value, not 1"),
+        ("sweep", ["--dry_run=false"], "write --dry_run or --no-dry_run"),
+        ("sweep", ["--dry_run", "True"], "write --dry_run or --no-dry_run"),
+        ("sweep", ["--dry_run", "--", "--save_tb", "True"], "write --save_tb or --no-save_tb"),
     ],
 )
 def test_a_value_for_a_flag_without_one(program, flags, words, capsys):
