@@ -8,6 +8,7 @@ if __name__ == "__main__":
     start.program()
 
 import csv
+import hashlib
 import json
 import os
 import sys
@@ -43,6 +44,7 @@ FREE = {  # flags that may differ among averaged runs
     *("save_tb", "save_model", "save_buffer", "save_video"),
 }
 FILES = ("curves.png", "curves.svg", "scores.md", "scores.csv", "evaluations.csv")
+WRITTEN = ".plot_files"  # their checksums, which tell them from files of others, and from files that a user has changed
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, csv.Error)  # by damaged files
 matplotlib.rcParams["svg.hashsalt"] = "curves"  # the same runs give the same file
 
@@ -237,7 +239,7 @@ def table(runs: Sequence[Run], published: Sequence[Score]) -> Iterator[Sequence[
 
 
 def make_files(folder: Path, runs: Sequence[Run], published: Sequence[Score]) -> None:
-    """Writes FILES into an empty folder."""
+    """Writes FILES and WRITTEN into an empty folder."""
     figure, scores = draw(runs, published), list(table(runs, published))
     figure.savefig(folder / "curves.png", dpi=150)
     figure.savefig(folder / "curves.svg", metadata={"Date": None})
@@ -255,6 +257,18 @@ def make_files(folder: Path, runs: Sequence[Run], published: Sequence[Score]) ->
     for name, content in {"scores.csv": scores, "evaluations.csv": evaluations}.items():
         with (folder / name).open("w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(content)
+    (folder / WRITTEN).write_text("".join(f"{name} {checksum(folder / name)}\n" for name in FILES))
+
+
+def checksum(path: Path) -> str:
+    """Returns the SHA-256 of a file; nothing of what is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def not_mine(out: Path) -> list[str]:
+    """Returns which of FILES are in the folder as this program has not written them."""
+    written = (out / WRITTEN).read_text().splitlines() if (out / WRITTEN).is_file() else []
+    return [name for name in FILES if os.path.lexists(out / name) and f"{name} {checksum(out / name)}" not in written]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -272,15 +286,14 @@ def main(argv: list[str] | None = None) -> int:
     runs = list(find_runs(map(Path, args.folders)))
     if not runs:
         parser.error("there is no run to draw")
-    held = [name for name in FILES if os.path.lexists(out / name)]
-    if 0 < len(held) < len(FILES):  # then they are not what this program wrote before
-        parser.error(f"--out {out} holds other files ({', '.join(held)}): choose another folder")
+    if others := not_mine(out):
+        parser.error(f"--out {out} holds files that plot.py has not written so ({', '.join(others)}): choose another")
     print("".join(f"{line}\n" for line in notes(runs)), file=sys.stderr, end="")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".plot.", dir=out) as folder:  # so that files appear whole
             make_files(Path(folder), runs, published)
-            for name in FILES:
+            for name in (*FILES, WRITTEN):
                 (Path(folder) / name).replace(out / name)
     except OSError as error:
         parser.error(f"--out {out} cannot be written: {error.strerror}")

@@ -271,7 +271,7 @@ def test_folders_without_runs(tmp_path, capsys):
 @pytest.mark.parametrize("name", plot.FILES)
 @pytest.mark.parametrize("kind", ["file", "link", "folder"])
 def test_files_of_others_are_not_overwritten(tmp_path, capsys, name, kind):
-    """One line, and nothing changes, if some of the files are there but not all that plot.py writes."""
+    """One line, and nothing changes, if a file is there that plot.py has not written."""
     run, out = make_run(tmp_path / "run", [0, 1]), tmp_path / "out"
     out.mkdir()
     if kind == "link":
@@ -284,15 +284,25 @@ def test_files_of_others_are_not_overwritten(tmp_path, capsys, name, kind):
     with pytest.raises(SystemExit) as exit_:
         plot.main([str(run), "--out", str(out)])
     assert exit_.value.code == 2
-    assert f"holds other files ({name})" in capsys.readouterr().err
+    assert f"has not written so ({name})" in capsys.readouterr().err
     assert {path.name: path.is_file() and path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_file_that_the_user_has_changed_is_not_overwritten(tmp_path, capsys):
+    run, out = make_run(tmp_path / "run", [0, 1]), tmp_path / "out"
+    assert [plot.main([str(run), "--out", str(out)]) for _ in range(2)] == [0, 0]
+    (out / "scores.md").write_text("mine")
+    with pytest.raises(SystemExit):
+        plot.main([str(run), "--out", str(out)])
+    assert "(scores.md)" in capsys.readouterr().err
+    assert (out / "scores.md").read_text() == "mine"
 
 
 def test_an_interrupted_drawing_leaves_the_files_as_they_were(tmp_path, monkeypatch):
     run, out = make_run(tmp_path / "run", [0, 1]), tmp_path / "out"
     assert plot.main([str(run), "--out", str(out)]) == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert set(before) == set(plot.FILES)
+    assert set(before) == {*plot.FILES, plot.WRITTEN}
     make_files = plot.make_files
 
     def interrupted(*args):
