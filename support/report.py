@@ -171,7 +171,7 @@ def one_line(fail: Callable[[str], Any]) -> Iterator[None]:
     except (UserError, MachineError, MemoryError) as error:
         fail(str(error))
     except torch.OutOfMemoryError as error:
-        fail(f"{error}; --resume continues, and with --replay_device cpu a GPU has more room")
+        fail(f"{error}; --resume continues, and --replay_device cpu or --cuda_graph off leaves a GPU more room")
     except RuntimeError as error:
         if type(error) is not RuntimeError or "DefaultCPUAllocator" not in str(error):
             raise
