@@ -466,7 +466,8 @@ def test_what_others_put_beside_a_run_stays(tmp_path, saved, capsys, state):
     flags.append("--overwrite" if state == "ended" else "--resume")
     if state != "ended":
         index = checkpoint_of(folder)
-        content = {"version": index["version"], "args": index["args"] | {"seed": 1}, "progress": None}
+        args = index["args"] | {"seed": 1} | {flag.removeprefix("--"): False for flag in SAVING}
+        content = {"version": index["version"], "args": args, "progress": None}
         crc = zlib.crc32(files.to_json(content).encode())
         files.write_json(folder / "checkpoint" / "checkpoint.json", {"crc32": crc, "content": content})
     put(folder, *BESIDE)
