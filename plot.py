@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -239,7 +240,7 @@ def table(runs: Sequence[Run], published: Sequence[Score]) -> Iterator[Sequence[
 
 
 def make_files(folder: Path, runs: Sequence[Run], published: Sequence[Score]) -> None:
-    """Writes FILES and WRITTEN into an empty folder."""
+    """Writes FILES into an empty folder."""
     figure, scores = draw(runs, published), list(table(runs, published))
     figure.savefig(folder / "curves.png", dpi=150)
     figure.savefig(folder / "curves.svg", metadata={"Date": None})
@@ -257,18 +258,22 @@ def make_files(folder: Path, runs: Sequence[Run], published: Sequence[Score]) ->
     for name, content in {"scores.csv": scores, "evaluations.csv": evaluations}.items():
         with (folder / name).open("w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(content)
-    (folder / WRITTEN).write_text("".join(f"{name} {checksum(folder / name)}\n" for name in FILES))
 
 
-def checksum(path: Path) -> str:
-    """Returns the SHA-256 of a file; nothing of what is none."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+def checksums(folder: Path) -> Iterator[str]:
+    """Yields a line for each of FILES that can be read: its name and SHA-256."""
+    for name in FILES:
+        with suppress(OSError):
+            yield f"{name} {hashlib.sha256((folder / name).read_bytes()).hexdigest()}"
 
 
 def not_mine(out: Path) -> list[str]:
     """Returns which of FILES are in the folder as this program has not written them."""
-    written = (out / WRITTEN).read_text().splitlines() if (out / WRITTEN).is_file() else []
-    return [name for name in FILES if os.path.lexists(out / name) and f"{name} {checksum(out / name)}" not in written]
+    written: list[str] = []
+    with suppress(OSError, ValueError):  # there is no list, or no text in it
+        written = (out / WRITTEN).read_text().splitlines()
+    mine = {line.split()[0] for line in checksums(out) if line in written}
+    return [name for name in FILES if os.path.lexists(out / name) and name not in mine]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -287,13 +292,16 @@ def main(argv: list[str] | None = None) -> int:
     if not runs:
         parser.error("there is no run to draw")
     if others := not_mine(out):
-        parser.error(f"--out {out} holds files that plot.py has not written so ({', '.join(others)}): choose another")
+        parser.error(f"--out {out} holds files that plot.py has not written so ({', '.join(others)}): move them away")
     print("".join(f"{line}\n" for line in notes(runs)), file=sys.stderr, end="")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".plot.", dir=out) as folder:  # so that files appear whole
             make_files(Path(folder), runs, published)
-            for name in (*FILES, WRITTEN):
+            # The list comes first, with both old and new files: an interrupted call leaves some of either.
+            lines = [*checksums(out), *checksums(Path(folder))]
+            (Path(folder) / WRITTEN).write_text("".join(f"{line}\n" for line in lines))
+            for name in (WRITTEN, *FILES):
                 (Path(folder) / name).replace(out / name)
     except OSError as error:
         parser.error(f"--out {out} cannot be written: {error.strerror}")

@@ -10,7 +10,10 @@ from typing import Any
 from errors import MachineError
 
 # Users set variables that begin so to choose a renderer or a driver. If rendering fails, the message names them.
-_VARIABLES = ("MUJOCO_", "PYOPENGL_", "EGL_", "__EGL_", "GALLIUM_", "LIBGL_", "MESA_")
+_VARIABLES = (
+    *("MUJOCO_GL", "MUJOCO_EGL", "PYOPENGL_PLATFORM", "EGL_PLATFORM", "__EGL_VENDOR", "GALLIUM_DRIVER"),
+    *("LIBGL_", "MESA_GL", "MESA_LOADER"),
+)
 _CHOSEN = "DMC2GYM_RENDERER"  # the MUJOCO_GL that `choose_backend` has set, in this process or in a parent
 _CHOSEN_GPU = "DMC2GYM_EGL_DEVICE_ID"  # the MUJOCO_EGL_DEVICE_ID that `render_on` has set
 _SOFTWARE = ("llvmpipe", "softpipe", "swrast", "software")

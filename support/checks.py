@@ -49,8 +49,8 @@ def check(args: argparse.Namespace, parser: OneLineParser) -> None:
     work_dir.check(args.resume, args.overwrite)
     if args.resume and work_dir.checkpoint.begun():
         check_resumed(args, parser, work_dir)
-    # A run that began in bfloat16 may continue anywhere: its precision cannot change.
-    elif args.precision == "bf16":
+    # A checkpoint of a run in bfloat16 may continue anywhere: its precision cannot change.
+    if args.precision == "bf16" and not (args.resume and work_dir.checkpoint.exists()):
         check_bf16(torch.device(args.device), args.num_filters if args.encoder_type == "pixel" else 0, args.hidden_dim)
     if args.compile:
         check_compiler(args.device)

@@ -108,7 +108,6 @@ class Graphs:
                 self._captured[key] = Capture(function, arguments, self._device, self._pool)
             except RuntimeError as error:
                 self._on = False
-                self._captured.clear()  # the memory of graphs that will not be launched again
+                self._captured.clear()  # they will not be launched again
                 self._report(f"continuing without CUDA graphs: {(str(error) or repr(error)).splitlines()[0]}")
-                return function(*arguments)
-        return self._captured[key](*arguments)
+        return self._captured[key](*arguments) if self._on else function(*arguments)

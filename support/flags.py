@@ -55,8 +55,11 @@ class OneLineParser(argparse.ArgumentParser):
         for word, after in itertools.pairwise([*words, "--"]):
             name, equals, value = word.partition("=")
             flag = self._option_string_actions.get(name)
+            value = value if equals else after
             if isinstance(flag, argparse.BooleanOptionalAction) and (equals or not after.startswith("-")):
-                self.error(f"{name} takes no value, not {value or after}: write {' or '.join(flag.option_strings)}")
+                self.error(
+                    f"{name} takes no value, not {value or 'an empty one'}: write {' or '.join(flag.option_strings)}"
+                )
         return super().parse_known_args(words, namespace)
 
     def given(self, argv: Sequence[str] | None) -> dict[str, Any]:

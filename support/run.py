@@ -67,7 +67,9 @@ class Run:
         if args.resume and work_dir.checkpoint.exists():
             lines, logger_state = self._restore(parser)
         else:
-            lines, logger_state = work_dir.begin(vars(args), files.name, args.resume), None
+            begun = args.resume and work_dir.checkpoint.begun()
+            noted = checks.changes(args, parser, work_dir.checkpoint.read()["args"]) if begun else []
+            lines, logger_state = [*noted, *work_dir.begin(vars(args), files.name, args.resume)], None
         before = set(path.glob("tb/*"))
         self.logger = make_logger(state=logger_state)  # checks its files before anything is changed
         work_dir.note(*(f"tb/{events.name}" for events in set(path.glob("tb/*")) - before))

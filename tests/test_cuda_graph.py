@@ -247,6 +247,25 @@ def test_goes_on_without_if_capture_fails(monkeypatch, first):
     assert lines == ["continuing without CUDA graphs: operation not permitted"]
 
 
+def test_graphs_are_given_back_if_a_later_capture_fails(monkeypatch):
+    class SecondFails(RecordedGraph):
+        made = 0
+
+        def __init__(self, *args):
+            super().__init__(*args)
+            if self.made == 2:
+                raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(cuda_graph, "Capture", SecondFails)
+    agent = make_agent("state", graphs=True, report=lambda _: None)
+    captured = agent.actions.__self__._captured
+    for sample in (True, False):
+        for _ in range(cuda_graph.WARMUP + 2):
+            agent.actions(torch.zeros(1, *SHAPES["state"]), sample)
+        assert len(captured) == sample
+    assert SecondFails.made == 2
+
+
 def test_programming_errors_are_not_hidden(recorded):
     agent = make_agent("state", graphs=True)
     with pytest.raises(ValueError, match="empty replay"):

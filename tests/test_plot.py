@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
@@ -296,6 +297,35 @@ def test_a_file_that_the_user_has_changed_is_not_overwritten(tmp_path, capsys):
         plot.main([str(run), "--out", str(out)])
     assert "(scores.md)" in capsys.readouterr().err
     assert (out / "scores.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("count", [2, 4, 6])
+def test_a_drawing_that_was_interrupted_while_files_were_replaced_is_drawn_again(tmp_path, monkeypatch, begun, count):
+    run, out, replaced = make_run(tmp_path / "run", [0, 1]), tmp_path / "out", []
+    if begun:
+        assert plot.main([str(run), "--out", str(out)]) == 0
+        make_run(tmp_path / "run" / "more", [5, 6], seed=2)
+
+    def replace(path, target, replace=Path.replace):
+        replaced.append(target)
+        if len(replaced) == count:
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", replace)
+        plot.main([str(run), "--out", str(out)])
+    assert plot.main([str(run), "--out", str(out)]) == 0
+
+
+def test_a_list_of_files_that_is_damaged(tmp_path, capsys):
+    run, out = make_run(tmp_path / "run", [0, 1]), tmp_path / "out"
+    assert plot.main([str(run), "--out", str(out)]) == 0
+    (out / plot.WRITTEN).write_bytes(b"\xff")
+    with pytest.raises(SystemExit):
+        plot.main([str(run), "--out", str(out)])
+    assert "has not written so (curves.png" in capsys.readouterr().err
 
 
 def test_an_interrupted_drawing_leaves_the_files_as_they_were(tmp_path, monkeypatch):
