@@ -413,8 +413,11 @@ def test_resume_starts_where_there_is_nothing(tmp_path, uninterrupted, capsys):
     with resources:
         train.evaluate(run)
     assert (folder / "eval.log").exists()
-    assert train.main(["--resume", "--eval_workers", "1", "--work_dir", str(folder)]) == 0
-    assert "there is no checkpoint yet" in capsys.readouterr().out
+    flags = "--resume --eval_workers 1 --checkpoint_minutes 5".split()
+    assert train.main([*flags, "--work_dir", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "there is no checkpoint yet" in printed
+    assert printed.count("note: --") == printed.count("note: --checkpoint_minutes was 0.0 and is now 5.0") == 1
     assert outcome(folder) == uninterrupted()
 
 
