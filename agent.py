@@ -106,7 +106,8 @@ class Agent:
         """One update by each optimiser. Only `inputs` get gradients; None: all tensors. Returns the loss, detached."""
         for optimizer in optimizers:
             optimizer.zero_grad()
-        # Backwards, each operation has the type that autocast gave it forwards; autocast would cast once more.
+        # Backward operations take the types of the forward ones; under autocast they would be cast once more.
+        # https://docs.pytorch.org/docs/stable/amp.html#autocasting
         with torch.autocast(self.device.type, enabled=False):
             loss.backward(inputs=inputs)
         for optimizer in optimizers:

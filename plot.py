@@ -268,7 +268,7 @@ def checksums(folder: Path) -> Iterator[str]:
 
 
 def not_mine(out: Path) -> list[str]:
-    """Returns which of FILES are in the folder as this program has not written them."""
+    """Returns which of FILES in the folder are not as this program has written them."""
     written: list[str] = []
     with suppress(OSError, ValueError):  # there is no list, or no text in it
         written = (out / WRITTEN).read_text().splitlines()
@@ -292,7 +292,8 @@ def main(argv: list[str] | None = None) -> int:
     if not runs:
         parser.error("there is no run to draw")
     if others := not_mine(out):
-        parser.error(f"--out {out} holds files that plot.py has not written so ({', '.join(others)}): move them away")
+        what = "files that plot.py has not written, or that were changed since"
+        parser.error(f"--out {out} holds {what} ({', '.join(others)}): move them away, or choose another folder")
     print("".join(f"{line}\n" for line in notes(runs)), file=sys.stderr, end="")
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -90,7 +90,8 @@ def start_renderer(physics: Any, height: int = 0, width: int = 0) -> None:
     except Exception as error:  # each backend and driver raises its own kinds
         from dm_control.mujoco.wrapper.core import MjrContext
 
-        MjrContext._ptr = lambda _: None  # of one that was not made: its end would print a traceback
+        # Its __del__ calls `_ptr`, which a context lacks whose __init__ has failed: that would print a traceback.
+        MjrContext._ptr = lambda _: None
         raise renderer_error(error) from error
 
 

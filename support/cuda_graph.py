@@ -87,7 +87,8 @@ class Graphs:
         def update(*batch: Tensor) -> Tensor:
             metrics = self._update(batch, due)
             self._names[due] = list(metrics)
-            for optimizer in self._optimizers:  # or histograms would show gradients in memory that graphs overwrite
+            # Or histograms would show gradients in memory that graphs overwrite.
+            for optimizer in self._optimizers if self._on else ():
                 optimizer.zero_grad()
             return torch.stack([value.double() for value in metrics.values()])
 

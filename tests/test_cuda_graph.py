@@ -244,6 +244,8 @@ def test_goes_on_without_if_capture_fails(monkeypatch, first):
             agent.sample_action(np.zeros(SHAPES["pixel"], np.uint8))
         results.append((train(agent, make_replay("pixel"), STEPS), agent))
     assert_equal(*results)
+    gradients = [[parameter.grad for parameter in agent.critic.parameters()] for _, agent in results]
+    assert all(torch.equal(mine, other) for mine, other in zip(*gradients, strict=True))
     assert lines == ["continuing without CUDA graphs: operation not permitted"]
 
 

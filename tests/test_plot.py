@@ -285,7 +285,7 @@ def test_files_of_others_are_not_overwritten(tmp_path, capsys, name, kind):
     with pytest.raises(SystemExit) as exit_:
         plot.main([str(run), "--out", str(out)])
     assert exit_.value.code == 2
-    assert f"has not written so ({name})" in capsys.readouterr().err
+    assert f"changed since ({name})" in capsys.readouterr().err
     assert {path.name: path.is_file() and path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -325,7 +325,7 @@ def test_a_list_of_files_that_is_damaged(tmp_path, capsys):
     (out / plot.WRITTEN).write_bytes(b"\xff")
     with pytest.raises(SystemExit):
         plot.main([str(run), "--out", str(out)])
-    assert "has not written so (curves.png" in capsys.readouterr().err
+    assert "changed since (curves.png" in capsys.readouterr().err
 
 
 def test_an_interrupted_drawing_leaves_the_files_as_they_were(tmp_path, monkeypatch):
