@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from errors import UserError
-from precision import layers_dtype
 
 
 def conv_output_shape(height: int, width: int, num_layers: int) -> tuple[int, int]:
@@ -57,27 +56,25 @@ class PixelEncoder(nn.Module):
         self.ln = nn.LayerNorm(feature_dim)
 
     def forward(self, obs: Tensor, detach: bool = False) -> Tensor:
-        """Pixels 0..255 (B, C, H, W), uint8 or floating, to features (B, D) in (-1, 1).
+        """Features (B, D) in (-1, 1) of pixels 0..255 (B, C, H, W), uint8 or floating, or of their `forward_conv`.
 
         With `detach` no gradient reaches the convolutions.
         """
-        hidden = self.forward_conv(obs)
-        return self.forward_head(hidden.detach() if detach else hidden)
+        hidden = self.forward_conv(obs) if obs.dim() == 4 else obs
+        # Under autocast, too, LayerNorm and what follows compute in the weights' own precision.
+        return torch.tanh(self.ln(self.fc(hidden.detach() if detach else hidden).to(self.ln.weight.dtype)))
 
     def forward_conv(self, obs: Tensor) -> Tensor:
-        """The first part of `forward`: pixels to the flat output (B, flat) of the last convolution."""
+        """The convolutions' part of `forward`: pixels to the flat output (B, flat) of the last one."""
         # Pixels are scaled to [0, 1] by scaling the first kernels: the same product, without a pass over the images.
-        first = self.convs[0]
+        first, device = self.convs[0], obs.device.type
         scaled = {"weight": first.get_parameter("weight") / 255.0, "bias": first.get_parameter("bias")}
-        hidden = torch.relu(functional_call(first, scaled, obs.to(layers_dtype(self.fc.weight))))
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else self.fc.weight.dtype
+        hidden = torch.relu(functional_call(first, scaled, obs.to(dtype)))
         for conv in self.convs[1:]:
             hidden = torch.relu(conv(hidden))
         return hidden.flatten(1)
-
-    def forward_head(self, hidden: Tensor) -> Tensor:
-        """The rest of `forward`, from what `forward_conv` gives."""
-        # Under autocast, too, LayerNorm and what follows compute in the weights' own precision.
-        return torch.tanh(self.ln(self.fc(hidden).to(self.ln.weight.dtype)))
 
     def copy_conv_weights_from(self, source: Any) -> None:
         """Shares the convolutions' parameters with `source`; linear layer and LayerNorm are not shared."""
@@ -98,7 +95,7 @@ class IdentityEncoder(nn.Module):
         """States (B, D), as they are."""
         return obs
 
-    forward_conv = forward_head = forward
+    forward_conv = forward
 
     def copy_conv_weights_from(self, source: Any) -> None:
         """There are no convolutions to share."""

@@ -18,7 +18,7 @@ from agent import Agent, Metrics
 from decoder import make_decoder
 from encoder import make_encoder
 from errors import UserError
-from precision import layers_in, run_mlp
+from precision import ExactLinear, layers_in
 from settings import Settings
 from utils import preprocess_obs, soft_update_params
 
@@ -63,7 +63,7 @@ def weight_init(module: nn.Module) -> None:
 def mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
     """Two hidden layers with ReLU."""
     hidden = [nn.Linear(in_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, hidden_dim), nn.ReLU()]
-    return nn.Sequential(*hidden, nn.Linear(hidden_dim, out_dim))
+    return nn.Sequential(*hidden, ExactLinear(hidden_dim, out_dim))
 
 
 class Actor(nn.Module):
@@ -95,19 +95,14 @@ class Actor(nn.Module):
         Sample and log probability are None unless asked for. The noise of a sample is one `torch.randn_like` of shape
         (B, A).
         """
-        return self.policy(self.encoder(obs, detach_encoder), compute_pi, compute_log_pi)
-
-    def policy(self, feature: Tensor, compute_pi: bool = True, compute_log_pi: bool = True) -> Policy:
-        """As `forward`, from features (B, D)."""
-        mu, raw_log_std = run_mlp(self.trunk, feature).chunk(2, dim=-1)
+        mu, raw_log_std = self.trunk(self.encoder(obs, detach_encoder)).chunk(2, dim=-1)
         # A smooth bound instead of a clamp: the gradient never vanishes altogether.
         log_std = self.log_std_min + 0.5 * (self.log_std_max - self.log_std_min) * (torch.tanh(raw_log_std) + 1)
         pi = log_pi = None
         if compute_pi:
             noise = torch.randn_like(mu)
             pi = mu + noise * log_std.exp()
-            if compute_log_pi:
-                log_pi = gaussian_logprob(noise, log_std)
+            log_pi = gaussian_logprob(noise, log_std) if compute_log_pi else None
         return *squash(mu, pi, log_pi), log_std
 
 
@@ -120,7 +115,7 @@ class QFunction(nn.Module):
 
     def forward(self, feature: Tensor, action: Tensor) -> Tensor:
         """Features (B, D) and actions (B, A) to values (B, 1)."""
-        return run_mlp(self.trunk, torch.cat([feature, action], dim=1))
+        return self.trunk(torch.cat([feature, action], dim=1))
 
 
 class Critic(nn.Module):
@@ -144,10 +139,7 @@ class Critic(nn.Module):
 
     def forward(self, obs: Tensor, action: Tensor, detach_encoder: bool = False) -> tuple[Tensor, Tensor]:
         """Both values, (B, 1) each."""
-        return self.values(self.encoder(obs, detach_encoder), action)
-
-    def values(self, feature: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """As `forward`, from features (B, D)."""
+        feature = self.encoder(obs, detach_encoder)
         return self.Q1(feature, action), self.Q2(feature, action)
 
 
@@ -226,8 +218,6 @@ class SacAeAgent(Agent):
     @torch.no_grad()
     def reconstruct(self, obs: np.ndarray) -> np.ndarray:
         """The decoder's image (N, C, H, W) of observations (N, C, H, W), both uint8 pixels."""
-        if self.decoder is None:
-            raise RuntimeError("there is no decoder: this agent was made with decoder_type identity")
         with layers_in(self.settings.precision, self.device):
             image = self.decoder(self.critic.encoder(self.to_network_input(torch.from_numpy(obs))))
         return ((image + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
@@ -247,11 +237,11 @@ class SacAeAgent(Agent):
         metrics = {"train/batch_reward": reward.mean()}
         metrics |= self.update_critic(obs, action, reward, next_obs, not_done)
         if due.actor or due.decoder:
-            # One pass of the convolutions, after the critic's update, serves actor loss and decoder loss.
+            # After the critic's update, one pass of the convolutions serves actor loss and decoder loss.
             with torch.set_grad_enabled(due.decoder):
                 hidden = self.critic.encoder.forward_conv(obs)
         if due.actor:
-            metrics |= self.update_actor_and_alpha(obs, hidden)
+            metrics |= self.update_actor_and_alpha(hidden)
         if due.target:
             self.update_target()
         if due.decoder:
@@ -267,14 +257,11 @@ class SacAeAgent(Agent):
         q1, q2 = self.critic(obs, action)
         return F.mse_loss(q1, target_q) + F.mse_loss(q2, target_q)
 
-    def actor_loss(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Policy loss (paper, equation 3), log probability (B, 1) of its actions, entropy of the Gaussian before tanh.
-
-        hidden is the output of the critic's convolutions for the observations.
-        """
-        hidden = hidden.detach()  # the actor's loss does not train the convolutions (paper, section 5.2)
-        _, pi, log_pi, log_std = self.actor.policy(self.actor.encoder.forward_head(hidden))
-        q = torch.min(*self.critic.values(self.critic.encoder.forward_head(hidden), pi))
+    def actor_loss(self, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Policy loss (paper, equation 3), log probability (B, 1) of its actions, and entropy before tanh."""
+        # The actor's loss does not train the convolutions (paper, section 5.2).
+        _, pi, log_pi, log_std = self.actor(obs, detach_encoder=True)
+        q = torch.min(*self.critic(obs, pi, detach_encoder=True))
         loss = (self.alpha.detach() * log_pi - q).mean()
         entropy = 0.5 * log_std.shape[1] * (1 + math.log(2 * math.pi)) + log_std.detach().sum(dim=-1).mean()
         return loss, log_pi.detach(), entropy
@@ -284,13 +271,11 @@ class SacAeAgent(Agent):
         return (self.alpha * (-log_pi - self.target_entropy)).mean()
 
     def decoder_loss(self, obs: Tensor, hidden: Tensor) -> Tensor:
-        """Reconstruction loss with penalised features (paper, equation 4); hidden is as for `actor_loss`.
+        """Reconstruction loss with penalised features (paper, equation 4).
 
         The penalty of the decoder's weights, lambda_theta, is the weight decay of `decoder_optimizer`.
         """
-        if self.decoder is None:
-            raise RuntimeError("there is no decoder to train: this agent was made with decoder_type identity")
-        feature = self.critic.encoder.forward_head(hidden)
+        feature = self.critic.encoder(hidden)
         latent_loss = 0.5 * feature.pow(2).sum(1).mean()
         reconstruction_loss = F.mse_loss(self.decoder(feature), preprocess_obs(obs))
         return reconstruction_loss + self.settings.decoder_latent_lambda * latent_loss
@@ -300,10 +285,9 @@ class SacAeAgent(Agent):
         loss = self.critic_loss(obs, action, reward, next_obs, not_done)
         return {"train_critic/loss": self.minimise(loss, self.critic_optimizer)}
 
-    def update_actor_and_alpha(self, obs: Tensor, hidden: Tensor | None = None) -> Metrics:
-        """Trains policy and temperature; hidden is the output of the critic's convolutions for obs, if it is known."""
-        hidden = self.critic.encoder.forward_conv(obs) if hidden is None else hidden
-        loss, log_pi, entropy = self.actor_loss(hidden)
+    def update_actor_and_alpha(self, obs: Tensor) -> Metrics:
+        """Trains policy and temperature: obs (B, ...), or the output of the critic's convolutions for them."""
+        loss, log_pi, entropy = self.actor_loss(obs)
         alpha = self.alpha.detach()
         return {
             # The policy loss passes through the critic, but does not train it.
@@ -321,7 +305,6 @@ class SacAeAgent(Agent):
         soft_update_params(critic.encoder, target.encoder, s.encoder_tau)
 
     def update_decoder(self, obs: Tensor, hidden: Tensor | None = None) -> Metrics:
-        """Trains the critic's whole encoder and the decoder; arguments as for `update_actor_and_alpha`."""
-        hidden = self.critic.encoder.forward_conv(obs) if hidden is None else hidden
-        loss = self.decoder_loss(obs, hidden)
+        """Trains the critic's whole encoder and the decoder; hidden are the convolutions' output, if it is known."""
+        loss = self.decoder_loss(obs, obs if hidden is None else hidden)
         return {"train_ae/ae_loss": self.minimise(loss, self.encoder_optimizer, self.decoder_optimizer)}
