@@ -68,11 +68,11 @@ class Agent:
 
     def select_actions(self, obs: np.ndarray) -> np.ndarray:
         """Mean actions (N, A) for observations (N, ...)."""
-        return self.actions(send(torch.from_numpy(obs), self.device), False).cpu().numpy()
+        return self.actions(torch.from_numpy(obs), False).cpu().numpy()
 
     def sample_action(self, obs: np.ndarray) -> np.ndarray:
         """An action (A,) drawn from the policy for one observation: training."""
-        return self.actions(send(torch.from_numpy(obs[None]), self.device), True)[0].cpu().numpy()
+        return self.actions(torch.from_numpy(obs[None]), True)[0].cpu().numpy()
 
     def update(self, replay_buffer: Any, L: Any, step: int) -> Metrics:  # noqa: N803
         """All updates that are due at decision `step`, on one batch.
@@ -135,14 +135,14 @@ class Agent:
 
         Raises UserError, and changes nothing, if it is the state of other networks.
         """
-        mine, foreign = self.state_dict(), "the checkpoint is of another agent than this code's"
+        mine = self.state_dict()
         try:
             for part in ("networks", "parameters"):
                 check_alike(state[part], mine[part], part)
+            if state["optimizers"].keys() != mine["optimizers"].keys():
+                raise ValueError("it has other optimisers")
         except ValueError as error:
-            raise UserError(f"{foreign}: {error}") from None
-        if state["optimizers"].keys() != mine["optimizers"].keys():
-            raise UserError(f"{foreign}: it has other optimisers")
+            raise UserError(f"the checkpoint is of another agent than this code's: {error}") from None
         for name, network in self.networks.items():
             network.load_state_dict(state["networks"][name])
         for name, parameter in self.parameters.items():
@@ -150,22 +150,18 @@ class Agent:
         for name, optimizer in self.optimizers.items():
             _load_moments(optimizer, state["optimizers"][name])
 
-    def _saved_states(self) -> dict[str, dict[str, Any]]:
-        """What `save` writes, by name: the authors' names, and `target`."""
+    def saved_states(self) -> dict[str, dict[str, Any]]:
+        """What `save` writes, by the NAMEs of its files: the authors', and `target`."""
         states: dict[str, dict[str, Any]] = {name: network.state_dict() for name, network in self.networks.items()}
         target = {"critic_target": states.pop("critic_target"), "log_alpha": self.log_alpha.detach()}
         return states | {"target": target}
-
-    def saved_names(self) -> list[str]:
-        """The NAMEs that `save` uses."""
-        return list(self._saved_states())
 
     def save(self, model_dir: str | Path, step: int) -> None:
         """Writes `NAME_STEP.pt` for each network and, as `target`, the target critic with log alpha."""
         folder = Path(model_dir)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        for name, state in self._saved_states().items():
+        for name, state in self.saved_states().items():
             write_tensors(folder / f"{name}_{step}.pt", state)
 
     @torch.no_grad()
@@ -175,7 +171,7 @@ class Agent:
         Executes nothing that a file contains. Raises UserError, which leaves the agent unchanged and names the file,
         if one is missing, damaged, foreign, or of another network.
         """
-        mine = self._saved_states()
+        mine = self.saved_states()
         paths = {name: Path(model_dir) / f"{name}_{step}.pt" for name in mine}
         if not os.path.lexists(paths["target"]):
             del paths["target"]
@@ -189,11 +185,13 @@ class Agent:
 
 def _load_moments(optimizer: Optimizer, state: dict[int, dict[str, Any]]) -> None:
     """Copies an optimiser's moments in place, by parameter: a CUDA graph uses their memory."""
+    mine = dict(optimizer.state)
+    optimizer.state.clear()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, parameter in enumerate(parameters):
-        moments = optimizer.state[parameter] if index in state else optimizer.state.pop(parameter, {})
-        for key, value in state.get(index, {}).items():
-            if key not in moments:  # in the parameter's own layout in memory
-                like = parameter if value.shape == parameter.shape else value
-                moments[key] = torch.empty_like(like, dtype=value.dtype, device=parameter.device)
-            moments[key].copy_(value)
+    for index, moments in state.items():
+        parameter = parameters[index]
+        optimizer.state[parameter] = held = mine.get(parameter, {})
+        for key, value in moments.items():
+            # A new one takes the parameter's own layout in memory.
+            like = parameter if value.shape == parameter.shape else value
+            held.setdefault(key, torch.empty_like(like, dtype=value.dtype, device=parameter.device)).copy_(value)

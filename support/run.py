@@ -148,7 +148,7 @@ class Run:
         """Writes networks and replay, if asked for."""
         args, step = self.args, self.progress.step
         if args.save_model:
-            self.work_dir.claim(*(f"model/{name}_{step}.pt" for name in self.agent.saved_names()))
+            self.work_dir.claim(*(f"model/{name}_{step}.pt" for name in self.agent.saved_states()))
             self.agent.save(self.work_dir.path / "model", step)
         if args.save_buffer:
             self.replay.save(self.work_dir.path / "buffer")
