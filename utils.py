@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from frame_stack import FrameStack as FrameStack  # these two for programs that import them from here
 from replay_buffer import ReplayBuffer as ReplayBuffer
@@ -48,25 +49,15 @@ def set_seed_everywhere(seed: int) -> None:
 
 def module_hash(module: nn.Module) -> str:
     """SHA-256 of all parameters, buffers and extra state, bit by bit: equal for equal modules on any device."""
-    digest = hashlib.sha256()
-    for name, value in module.state_dict().items():
-        digest.update(name.encode())
-        for part in _bytes_of(value):
-            digest.update(part)
+    leaves, structure = tree_flatten(module.state_dict())
+    digest = hashlib.sha256(repr(structure).encode())  # the names
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            flat = leaf.cpu().to_dense().resolve_conj().resolve_neg().contiguous().flatten()
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(pickle.dumps(leaf))
     return digest.hexdigest()
-
-
-def _bytes_of(value: Any) -> Iterator[bytes]:
-    """The bytes of a tensor, of tensors in dictionaries and lists, or of anything else's pickle."""
-    if isinstance(value, Tensor):
-        dense = value.detach() if value.layout == torch.strided else value.detach().to_dense()
-        flat = dense.cpu().resolve_conj().resolve_neg().contiguous().flatten()
-        yield flat.view(torch.uint8).numpy().tobytes()
-    elif isinstance(value, dict | list | tuple):
-        for part in value.items() if isinstance(value, dict) else value:
-            yield from _bytes_of(part)
-    else:
-        yield pickle.dumps(value)
 
 
 def make_dir(dir_path: str | Path) -> Path:
