@@ -7,6 +7,7 @@ stacks stored, a million transitions of 9 x 84 x 84 take 127 GB; with each frame
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 import replay_files
-from devices import pinned, send
+from devices import send
 from randomness import generator
 
 Shape = tuple[int, ...]
@@ -58,18 +59,18 @@ class ReplayBuffer:
             raise ValueError(f"capacity must be at least 1, got {capacity}")
         self.obs_shape, self.device = tuple(obs_shape), torch.device(device)
         self.capacity, self.batch_size, self.seed = capacity, batch_size, seed
-        self.num_stacked, frames_shape, dtype = _frames_layout(self.obs_shape, capacity, frame_channels)
+        arrays = storage(obs_shape, action_shape, capacity, frame_channels)
         # Zero-fill now, so that a lack of memory shows at the start. (np.zeros would take it page by page, later.)
-        self.frames = torch.empty(frames_shape, dtype=dtype, device=frames_device).zero_()
-        self.frame_ids = np.full((capacity, 2 * self.num_stacked), 0, np.int64)  # those of obs, then of next_obs
-        self.actions = np.full((capacity, *action_shape), 0, np.float32)
-        self.rewards = np.full((capacity, 1), 0, np.float32)
-        self.not_dones = np.full((capacity, 1), 0, np.float32)
+        shape, dtype = arrays.pop("frames")
+        self.frames = torch.empty(shape, dtype=dtype, device=frames_device).zero_()
+        fields = (torch.empty(shape, dtype=dtype).zero_().numpy() for shape, dtype in arrays.values())
+        self.frame_ids, self.actions, self.rewards, self.not_dones = fields
+        self.num_stacked = self.frame_ids.shape[1] // 2
         # Numbers count from the start and never wrap; number n is stored at index n % length of its ring.
         self.frames_added = self.transitions_added = 0
         self.oldest = 0  # the first transition whose frames are all there
         self.draws = 0  # batches drawn
-        self.last_obs: np.ndarray | None = None  # the newest next_obs, (k, *frame shape)
+        self.last_obs: list[bytes] = []  # the newest next_obs, frame by frame
         self.files = replay_files.ReplayFiles(self)
 
     def __len__(self) -> int:
@@ -102,40 +103,41 @@ class ReplayBuffer:
 
         Raises ValueError if a stack has another shape, or if `first` is False and `obs` is not the last `next_obs`.
         """
-        stack, next_stack = self._split(obs), self._split(next_obs)
-        continues = self.last_obs is not None and _equal(stack, self.last_obs)
+        stack, next_stack = self.split(obs), self.split(next_obs)
+        continues = stack == self.last_obs
         if first is False and not continues:
             raise ValueError("obs is not the next_obs of the transition before: say first=True where an episode begins")
         place = self.transitions_added % self.capacity
-        ids = self.frame_ids[place - 1, self.num_stacked :].copy() if continues and not first else self._store(stack)
-        shares = _equal(next_stack[:-1], stack[1:])
-        next_ids = np.append(ids[1:], self._store(next_stack[-1:])) if shares else self._store(next_stack)
-        self.last_obs = next_stack.copy()  # the caller may write into its array
+        ids = self.frame_ids[place - 1, self.num_stacked :].tolist() if continues and not first else self._store(stack)
+        shares = next_stack[:-1] == stack[1:]
+        next_ids = ids[1:] + self._store(next_stack[-1:]) if shares else self._store(next_stack)
+        self.last_obs = next_stack
 
-        self.frame_ids[place] = np.concatenate([ids, next_ids])
+        self.frame_ids[place] = ids + next_ids
         self.actions[place], self.rewards[place], self.not_dones[place] = action, reward, not done
         self.transitions_added += 1
         self.oldest = max(self.oldest, self.transitions_added - self.capacity)
         while self.first_frame(self.oldest) < self.frames_added - len(self.frames):
             self.oldest += 1
 
-    def _split(self, obs: np.ndarray) -> np.ndarray:
-        """The stack as its frames, (k, *frame shape), in the storage's dtype."""
+    def split(self, obs: np.ndarray) -> list[bytes]:
+        """The stack's frames, as they are stored."""
         if obs.shape != self.obs_shape:
             raise ValueError(f"the replay holds observations of shape {self.obs_shape}, got {obs.shape}")
         dtype = np.uint8 if self.frames.dtype == torch.uint8 else np.float32
-        return np.asarray(obs, dtype=dtype).reshape(self.num_stacked, *self.frames.shape[1:])
+        return [frame.tobytes() for frame in np.asarray(obs, dtype).reshape(self.num_stacked, -1)]
 
-    def _store(self, frames: np.ndarray) -> np.ndarray:
-        """Writes frames (n, ...) into the ring and returns their numbers (n,); repeated frames are written once."""
-        ids = np.empty(len(frames), np.int64)
+    def _store(self, frames: list[bytes]) -> list[int]:
+        """Writes frames into the ring and returns their numbers; repeated frames are written once."""
+        ids: list[int] = []
         for index, frame in enumerate(frames):
-            if index == 0 or not _equal(frame, frames[index - 1]):
+            if index == 0 or frame != frames[index - 1]:
                 # On a GPU the copy is queued behind the update that may be running.
                 slot = self.frames[self.frames_added % len(self.frames)]
-                slot.copy_(pinned(torch.from_numpy(frame), slot.device), non_blocking=True)
+                stored = torch.frombuffer(bytearray(frame), dtype=slot.dtype).view(slot.shape)
+                slot.copy_(send(stored, slot.device))
                 self.frames_added += 1
-            ids[index] = self.frames_added - 1
+            ids.append(self.frames_added - 1)
         return ids
 
     def first_frame(self, transition: int) -> int:
@@ -160,29 +162,25 @@ class ReplayBuffer:
         random = generator(self.seed, "replay", self.draws)
         return random.integers(self.oldest, self.transitions_added, self.batch_size)
 
-    def gather(self, transitions: np.ndarray) -> Batch:
-        """The transitions of these numbers, as `sample` returns them."""
-        places = send(self.slots(transitions), self.frames.device)
+    def gather(self, transitions: np.ndarray, staging: Sequence[Tensor | None] = (None, None)) -> Batch:
+        """The transitions of these numbers, as `sample` returns them.
+
+        Frames in host memory go to a GPU through `staging`, if it is given: pinned memory for those of obs and of
+        next_obs, (B * k, *frame shape).
+        """
+        rows = transitions % self.capacity
+        slots = send(torch.from_numpy(self.frame_ids[rows] % len(self.frames)), self.frames.device)
         # index_select copies frame by frame; indexing by brackets goes byte by byte, seven times slower on a CPU.
-        obs, next_obs = (self.frames.index_select(0, place) for place in places)
-        return self.to_batch(obs, next_obs, self.fields(transitions))
-
-    def slots(self, transitions: np.ndarray) -> Tensor:
-        """Places in the ring of the frames of obs and of next_obs, (2, B * k), on the CPU."""
-        slots = torch.from_numpy(self.frame_ids[transitions % self.capacity] % len(self.frames))
-        return torch.stack([half.flatten() for half in slots.chunk(2, dim=1)])
-
-    def fields(self, transitions: np.ndarray) -> Tensor:
-        """All of action, then reward, then not_done, in one row (B * (A + 2),), on the CPU: one tensor to send."""
-        rows, values = transitions % self.capacity, (self.actions, self.rewards, self.not_dones)
-        return torch.from_numpy(np.concatenate([value[rows].ravel() for value in values]))
-
-    def to_batch(self, obs_frames: Tensor, next_obs_frames: Tensor, fields: Tensor) -> Batch:
-        """A batch on the samples' device from the frames (B * k, ...) of its stacks, and its `fields`."""
-        obs, next_obs, fields = (send(tensor, self.device) for tensor in (obs_frames, next_obs_frames, fields))
-        obs, next_obs = (frames.view(-1, *self.obs_shape) for frames in (obs, next_obs))
-        action, reward, not_done = (part.view(len(obs), -1) for part in fields.tensor_split([-2 * len(obs), -len(obs)]))
-        return obs, action, reward, next_obs, not_done
+        obs, next_obs = (
+            torch.index_select(self.frames, 0, half.flatten(), out=out)
+            for half, out in zip(slots.chunk(2, dim=1), staging, strict=True)
+        )
+        # One tensor to send: all of action, then reward, then not_done.
+        fields = np.concatenate([field[rows].ravel() for field in (self.actions, self.rewards, self.not_dones)])
+        obs, next_obs, values = (send(tensor, self.device) for tensor in (obs, next_obs, torch.from_numpy(fields)))
+        size = len(rows)
+        action, reward, not_done = (part.view(size, -1) for part in values.tensor_split([-2 * size, -size]))
+        return obs.view(size, *self.obs_shape), action, reward, next_obs.view(size, *self.obs_shape), not_done
 
     def save(self, save_dir: str | Path) -> None:
         """Writes what was added since the last `save`: chunks `START_END.pt`, and `replay.json`, which lists them.
@@ -204,23 +202,25 @@ class ReplayBuffer:
         self.files.load(Path(save_dir))
 
 
-def _equal(left: np.ndarray, right: np.ndarray) -> bool:
-    """Whether frames are the same bytes: 0.0 and -0.0 are equal numbers, but not the same."""
-    return np.array_equal(left.view(np.uint8), right.view(np.uint8))
+def storage(
+    obs_shape: Shape, action_shape: Shape, capacity: int, frame_channels: int = 3
+) -> dict[str, tuple[Shape, torch.dtype]]:
+    """Shapes and types of what a replay stores, by name."""
+    num_stacked, frame, dtype = 1, tuple(obs_shape), torch.float32  # a state is a stack of one frame
+    if len(obs_shape) == 3:
+        if obs_shape[0] % frame_channels:
+            raise ValueError(f"{obs_shape[0]} channels are not a whole number of frames of {frame_channels} channels")
+        num_stacked, frame, dtype = obs_shape[0] // frame_channels, (frame_channels, *obs_shape[1:]), torch.uint8
+    return {
+        "frames": ((capacity + capacity // 64 + 2 * num_stacked, *frame), dtype),
+        "frame_ids": ((capacity, 2 * num_stacked), torch.int64),  # those of obs, then of next_obs
+        "actions": ((capacity, *action_shape), torch.float32),
+        "rewards": ((capacity, 1), torch.float32),
+        "not_dones": ((capacity, 1), torch.float32),
+    }
 
 
 def replay_bytes(obs_shape: Shape, action_shape: Shape, capacity: int, frame_channels: int = 3) -> int:
     """Bytes that a replay of this size takes, frames and all else."""
-    num_stacked, frames_shape, dtype = _frames_layout(obs_shape, capacity, frame_channels)
-    transition = 8 * 2 * num_stacked + 4 * math.prod(action_shape) + 4 + 4  # frame numbers, action, reward, not_done
-    return math.prod(frames_shape) * dtype.itemsize + transition * capacity
-
-
-def _frames_layout(obs_shape: Shape, capacity: int, frame_channels: int) -> tuple[int, Shape, torch.dtype]:
-    """Frames in a stack, shape and type of the ring of frames."""
-    if len(obs_shape) != 3:  # a state is a stack of one frame
-        return 1, (capacity + capacity // 64 + 2, *obs_shape), torch.float32
-    if obs_shape[0] % frame_channels:
-        raise ValueError(f"{obs_shape[0]} channels are not a whole number of frames of {frame_channels} channels")
-    num_stacked = obs_shape[0] // frame_channels
-    return num_stacked, (capacity + capacity // 64 + 2 * num_stacked, frame_channels, *obs_shape[1:]), torch.uint8
+    arrays = storage(obs_shape, action_shape, capacity, frame_channels)
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in arrays.values())

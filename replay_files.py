@@ -129,8 +129,8 @@ class ReplayFiles:
         if len(replay) > replay.capacity or frames > len(replay.frames):
             room = f"more than this replay of {replay.capacity} can"
             raise UserError(f"{folder} holds {len(replay)} transitions, {room}")
-        _, slots = replay.slots(np.array([last.end - 1]))
-        replay.last_obs = replay.frames[slots.to(replay.frames.device)].cpu().numpy()
+        _, _, _, next_obs, _ = replay.gather(np.array([last.end - 1]))
+        replay.last_obs = replay.split(next_obs[0].cpu().numpy())
 
     def _check_owned(self, path: Path) -> None:
         if os.path.lexists(path) and not belongs_to(path, self.name):

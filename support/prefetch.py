@@ -25,11 +25,12 @@ class Prefetched:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._next: Future[Batch] | None = None
         self._sampling = False  # whether a batch was drawn since the last `add`
-        self._stream = torch.cuda.Stream(replay.device) if replay.device.type == "cuda" else None
-        # Frames of obs and of next_obs, in pinned memory, from which copies run beside the update's kernels.
-        shape = (replay.batch_size * replay.num_stacked, *replay.frames.shape[1:])
-        pinned = self._stream is not None
-        self._staging = [torch.empty(shape, dtype=replay.frames.dtype, pin_memory=pinned) for _ in range(2)]
+        self._stream = None
+        if replay.device.type == "cuda":
+            self._stream = torch.cuda.Stream(replay.device)
+            # Pinned memory, from which copies run beside the update's kernels.
+            shape = (replay.batch_size * replay.num_stacked, *replay.frames.shape[1:])
+            self._staging = [torch.empty(shape, dtype=replay.frames.dtype, pin_memory=True) for _ in range(2)]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._replay, name)
@@ -58,15 +59,11 @@ class Prefetched:
         return batch
 
     def _gather(self, transitions: np.ndarray) -> Batch:
-        replay = self._replay
-        for slots, staging in zip(replay.slots(transitions), self._staging, strict=True):
-            torch.index_select(replay.frames, 0, slots, out=staging)
-        fields, (obs, next_obs) = replay.fields(transitions), self._staging
         if self._stream is None:
-            return replay.to_batch(obs.clone(), next_obs.clone(), fields)
+            return self._replay.gather(transitions)
         with torch.cuda.stream(self._stream):
-            batch = replay.to_batch(obs, next_obs, fields)
+            batch = self._replay.gather(transitions, self._staging)
             copied = torch.cuda.Event()
             copied.record()
-        copied.synchronize()  # this thread waits, so that the staging buffers may be written again
+        copied.synchronize()  # this thread waits, so that the staging memory may be written again
         return batch
