@@ -59,6 +59,7 @@ class ReplayBuffer:
             raise ValueError(f"capacity must be at least 1, got {capacity}")
         self.obs_shape, self.device = tuple(obs_shape), torch.device(device)
         self.capacity, self.batch_size, self.seed = capacity, batch_size, seed
+        self.nbytes = replay_bytes(obs_shape, action_shape, capacity, frame_channels)  # full or empty
         arrays = storage(obs_shape, action_shape, capacity, frame_channels)
         # Zero-fill now, so that a lack of memory shows at the start. (np.zeros would take it page by page, later.)
         shape, dtype = arrays.pop("frames")
@@ -76,11 +77,6 @@ class ReplayBuffer:
     def __len__(self) -> int:
         """Transitions that can be drawn."""
         return self.transitions_added - self.oldest
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory that the buffer takes, full or empty."""
-        return self.frames.nbytes + sum(getattr(self, field).nbytes for field in self.FIELDS)
 
     def add(
         self,

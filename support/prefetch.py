@@ -63,7 +63,5 @@ class Prefetched:
             return self._replay.gather(transitions)
         with torch.cuda.stream(self._stream):
             batch = self._replay.gather(transitions, self._staging)
-            copied = torch.cuda.Event()
-            copied.record()
-        copied.synchronize()  # this thread waits, so that the staging memory may be written again
+        self._stream.synchronize()  # this thread waits, so that the staging memory may be written again
         return batch

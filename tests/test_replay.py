@@ -261,7 +261,9 @@ def test_memory():
 
 @pytest.mark.parametrize("obs_shape", [(9, 84, 84), (3, 24, 30), (17,)])
 def test_bytes_are_known_before(obs_shape):
-    assert replay_buffer.replay_bytes(obs_shape, (6,), 130) == ReplayBuffer(obs_shape, (6,), 130, 8, "cpu").nbytes
+    replay = ReplayBuffer(obs_shape, (6,), 130, 8, "cpu")
+    taken = sum(getattr(replay, name).nbytes for name in ("frames", *replay.FIELDS))
+    assert replay_buffer.replay_bytes(obs_shape, (6,), 130) == taken == replay.nbytes
 
 
 def test_placement(monkeypatch):
