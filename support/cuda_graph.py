@@ -71,13 +71,12 @@ class Graphs:
     """
 
     def __init__(self, agent: Agent, report: Callable[[str], Any]):
-        self._device, self._report = agent.device, report
-        self._update, self._actions, self._optimizers = agent.update_from, agent.actions, agent.optimizers.values()
+        self._agent, self._report = agent, report
+        self._update, self._actions = agent.update_from, agent.actions
         self._captured: dict[Any, Capture] = {}
         self._calls: Counter[Any] = Counter()
         self._names: dict[Any, list[str]] = {}  # of an update's metrics
         self._pool = torch.cuda.graph_pool_handle() if agent.device.type == "cuda" else None
-        self._on = True
         agent.update_from = self.update_from  # type: ignore[method-assign, assignment]
         agent.actions = self.actions
 
@@ -88,7 +87,7 @@ class Graphs:
             metrics = self._update(batch, due)
             self._names[due] = list(metrics)
             # Or histograms would show gradients in memory that graphs overwrite.
-            for optimizer in self._optimizers if self._on else ():
+            for optimizer in self._agent.optimizers.values():
                 optimizer.zero_grad()
             return torch.stack([value.double() for value in metrics.values()])
 
@@ -102,13 +101,14 @@ class Graphs:
     def _call(self, kind: tuple[Any, ...], function: Callable[..., Tensor], arguments: Sequence[Tensor]) -> Tensor:
         key = kind + tuple((argument.shape, argument.dtype) for argument in arguments)
         self._calls[key] += 1
-        if not self._on or self._calls[key] <= WARMUP:
+        if self._calls[key] <= WARMUP:
             return function(*arguments)
         if key not in self._captured:
             try:
-                self._captured[key] = Capture(function, arguments, self._device, self._pool)
+                self._captured[key] = Capture(function, arguments, self._agent.device, self._pool)
             except RuntimeError as error:
-                self._on = False
+                self._agent.update_from, self._agent.actions = self._update, self._actions  # type: ignore[method-assign]
                 self._captured.clear()  # they will not be launched again
                 self._report(f"continuing without CUDA graphs: {(str(error) or repr(error)).splitlines()[0]}")
-        return self._captured[key](*arguments) if self._on else function(*arguments)
+                return function(*arguments)
+        return self._captured[key](*arguments)
