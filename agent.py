@@ -29,7 +29,7 @@ class Agent:
     settings: Settings
     device: torch.device
     training: bool
-    channels_last: bool  # the layout in memory of pixels and kernels
+    layout: torch.memory_format  # of pixels and kernels in memory
     actor: Any
     critic: Any
     critic_target: Any
@@ -97,7 +97,7 @@ class Agent:
     def to_network_input(self, tensor: Tensor) -> Tensor:
         """A tensor on the agent's device, in the dtype and memory layout of the networks' inputs."""
         pixels, weight = tensor.dim() == 4, next(self.critic.parameters())
-        layout = torch.channels_last if pixels and self.channels_last else torch.preserve_format
+        layout = self.layout if pixels else torch.preserve_format
         # bfloat16 holds pixels exactly: whole numbers up to 256.
         dtype = torch.bfloat16 if pixels and self.settings.precision == "bf16" else weight.dtype
         return send(tensor, self.device).to(dtype, memory_format=layout)

@@ -133,7 +133,7 @@ def bench_replay(capacity: int, batches: int) -> Results:
 
 def in_channels_last(agent: SacAeAgent, updates: Callable[[], Any]) -> Callable[[], Any]:
     """The updates, with pixels and kernels in the layout in which a GPU's tensor cores take them."""
-    agent.channels_last = True
+    agent.layout = torch.channels_last
     for network in agent.networks.values():
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return updates

@@ -182,10 +182,9 @@ class SacAeAgent(Agent):
             self.decoder.apply(weight_init)
         # In this layout in memory the backward passes of convolutions are a fifth faster on a CPU.
         # https://pytorch.org/tutorials/intermediate/memory_format_tutorial.html
-        self.channels_last = self.device.type == "cpu"
-        layout = torch.channels_last if self.channels_last else torch.preserve_format
+        self.layout = torch.channels_last if self.device.type == "cpu" else torch.preserve_format
         for network in self.networks.values():
-            network.to(self.device, memory_format=layout)  # type: ignore[call-overload]
+            network.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
         # Always float64: float32 would round the many small updates of this one number.
         log_alpha = torch.tensor(math.log(s.init_temperature), dtype=torch.float64, device=self.device)
         self.log_alpha = log_alpha.requires_grad_()

@@ -6,7 +6,7 @@ import hashlib
 import pickle
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,11 @@ from replay_buffer import ReplayBuffer as ReplayBuffer
 @contextmanager
 def eval_mode(*models: Any) -> Iterator[None]:
     """Puts modules or agents into evaluation mode, and back into the mode that each was in."""
-    modes = [model.training for model in models]
-    try:
+    with ExitStack() as restoring:
         for model in models:
+            restoring.callback(model.train, model.training)
             model.train(False)
         yield
-    finally:
-        for model, mode in zip(models, modes, strict=True):
-            model.train(mode)
 
 
 @torch.no_grad()
