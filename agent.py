@@ -81,8 +81,7 @@ class Agent:
             replay_buffer: its `sample()` gives obs (any dtype, 0..255 for pixels), action, reward, next_obs, not_done.
             L: its `log(key, value, step)` gets each of the returned metrics.
 
-        Returns:
-            Detached scalars on the agent's device, under the names they are logged with.
+        Returns detached scalars on the agent's device, under the names they are logged with.
         """
         metrics = self.update_from(replay_buffer.sample(), self.due(step))
         for key, value in metrics.items():

@@ -16,8 +16,7 @@ def conv_output_shape(height: int, width: int, num_layers: int) -> tuple[int, in
 
     3x3 kernels without padding, the first one with stride 2, the others with stride 1 (paper, appendix B).
 
-    Raises:
-        UserError: a side is odd (the decoder could not restore it), or too short for the layers.
+    Raises UserError if a side is odd (the decoder could not restore it), or too short for the layers.
     """
     if num_layers < 1:
         raise UserError(f"num_layers must be at least 1, got {num_layers}")

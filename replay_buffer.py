@@ -38,8 +38,7 @@ class ReplayBuffer:
         frame_channels: C, channels of a single frame.
         frames_device: of the frames: `device` or the CPU.
 
-    Raises:
-        ValueError: stacks that are not made of whole frames, or a capacity below 1.
+    Raises ValueError if stacks are not made of whole frames, or if the capacity is below 1.
     """
 
     FIELDS = ("frame_ids", "actions", "rewards", "not_dones")
@@ -59,7 +58,7 @@ class ReplayBuffer:
             raise ValueError(f"capacity must be at least 1, got {capacity}")
         self.obs_shape, self.device = tuple(obs_shape), torch.device(device)
         self.capacity, self.batch_size, self.seed = capacity, batch_size, seed
-        self.nbytes = replay_bytes(obs_shape, action_shape, capacity, frame_channels)  # full or empty
+        self.nbytes = replay_bytes(obs_shape, action_shape, capacity, frame_channels)  # of memory, full or empty
         arrays = storage(obs_shape, action_shape, capacity, frame_channels)
         # Zero-fill now, so that a lack of memory shows at the start. (np.zeros would take it page by page, later.)
         shape, dtype = arrays.pop("frames")
@@ -143,9 +142,8 @@ class ReplayBuffer:
     def sample(self) -> Batch:
         """Draws a batch uniformly, with replacement. Raises ValueError if nothing is stored.
 
-        Returns:
-            obs (B, ...), action (B, A), reward (B, 1), next_obs (B, ...), not_done (B, 1), on the device:
-            pixels uint8, all else float32.
+        It is obs (B, ...), action (B, A), reward (B, 1), next_obs (B, ...), not_done (B, 1), on the device: pixels
+        uint8, all else float32.
         """
         batch = self.gather(self.draw())
         self.draws += 1
@@ -174,9 +172,9 @@ class ReplayBuffer:
         # One tensor to send: all of action, then reward, then not_done.
         fields = np.concatenate([field[rows].ravel() for field in (self.actions, self.rewards, self.not_dones)])
         obs, next_obs, values = (send(tensor, self.device) for tensor in (obs, next_obs, torch.from_numpy(fields)))
-        size = len(rows)
+        size, shape = len(rows), (len(rows), *self.obs_shape)
         action, reward, not_done = (part.view(size, -1) for part in values.tensor_split([-2 * size, -size]))
-        return obs.view(size, *self.obs_shape), action, reward, next_obs.view(size, *self.obs_shape), not_done
+        return obs.view(shape), action, reward, next_obs.view(shape), not_done
 
     def save(self, save_dir: str | Path) -> None:
         """Writes what was added since the last `save`: chunks `START_END.pt`, and `replay.json`, which lists them.
@@ -184,9 +182,8 @@ class ReplayBuffer:
         Each file appears whole or not at all, and a save that is killed leaves the one before it good. Chunks that the
         rings have overwritten are deleted; no file of another writer is.
 
-        Raises:
-            UserError: the folder holds files of another replay, or of the authors' script.
-            MachineError: the system refuses to write a file; the message names it.
+        Raises UserError if the folder holds files of another replay or of the authors' script, and MachineError, with
+        the file's name, if the system refuses to write one.
         """
         self.files.save(Path(save_dir))
 
