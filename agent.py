@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from files import check_alike, read_state, write_tensors, writing
 from precision import layers_in
 from settings import Settings
 
-Held = TypeVar("Held")
 Metrics = dict[str, Tensor]
 
 
@@ -39,7 +38,7 @@ class Agent:
     due: Callable[[int], Any]  # what the update of a decision trains; hashable
     update_networks: Callable[..., Metrics]  # (obs, action, reward, next_obs, not_done, due) -> losses
 
-    def _held(self, kind: type[Held]) -> dict[str, Held]:
+    def _held(self, kind: type) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if isinstance(value, kind)}
 
     @property

@@ -22,8 +22,6 @@ from precision import ExactLinear, layers_in
 from settings import Settings
 from utils import preprocess_obs, soft_update_params
 
-Policy = tuple[Tensor, Any, Any, Tensor]  # mean action, sample, its log probability; log std
-
 
 class Due(NamedTuple):
     """What an update trains besides the critic."""
@@ -89,7 +87,7 @@ class Actor(nn.Module):
 
     def forward(
         self, obs: Tensor, compute_pi: bool = True, compute_log_pi: bool = True, detach_encoder: bool = False
-    ) -> Policy:
+    ) -> tuple[Tensor, Any, Any, Tensor]:
         """Mean action, sampled action, its log probability (B, 1), and log std; actions (B, A) in [-1, 1].
 
         Sample and log probability are None unless asked for. The noise of a sample is one `torch.randn_like` of shape
