@@ -7,24 +7,22 @@ from support import start
 if __name__ == "__main__":
     start.program()
 
-import csv
-import hashlib
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from scipy import stats
 
-from support import report
+from errors import MachineError
 from support.flags import OneLineParser, user_path
 
 PUBLISHED = Path(__file__).parent / "results" / "published.csv"
@@ -44,39 +42,14 @@ FREE = {  # flags that may differ among averaged runs
     *("checkpoint_minutes", "checkpoint_freq", "eval_freq", "eval_workers", "num_eval_episodes"),
     *("save_tb", "save_model", "save_buffer", "save_video"),
 }
+COLUMNS = ["task", "method", "seed", "environment steps", "return", "deviation between episodes", "commit"]
 FILES = ("curves.png", "curves.svg", "scores.md", "scores.csv", "evaluations.csv")
-WRITTEN = ".plot_files"  # their checksums, which tell them from files of others, and from files that a user has changed
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, csv.Error)  # by damaged files
+LIST = ".plot_files"  # names those of FILES in its folder that are this program's, which may replace them
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError)  # by damaged files
 matplotlib.rcParams["svg.hashsalt"] = "curves"  # the same runs give the same file
 
 
-class Run(NamedTuple):
-    """The evaluations of one run. Steps are environment steps."""
-
-    folder: Path
-    task: str
-    method: str
-    seed: int
-    steps: np.ndarray  # (N,), rising
-    returns: np.ndarray  # (N,)
-    deviations: np.ndarray  # (N,), between the episodes of an evaluation; NaN where eval.log does not say
-    commits: list[str]  # (N), of the code; empty without a starts.log
-    interval: int  # the smallest distance between two evaluations
-    flags: dict[str, Any]
-
-
-class Score(NamedTuple):
-    """A published score."""
-
-    task: str
-    method: str
-    steps: int  # environment steps
-    mean: float
-    std: float  # NaN if it is not published
-    source: str
-
-
-def find_runs(folders: Iterable[Path]) -> Iterator[Run]:
+def read_runs(folders: Iterable[Path]) -> pd.DataFrame:
     """Reads the runs in and below the folders, each once. Leaves unreadable ones out, with a line on stderr."""
     paths: dict[Path, Path] = {}  # by what they resolve to
     for folder in folders:
@@ -86,65 +59,66 @@ def find_runs(folders: Iterable[Path]) -> Iterator[Run]:
         if not found:
             what = "no run there, nothing with an args.json" if folder.is_dir() else "the folder does not exist"
             print(f"{folder}: {what}", file=sys.stderr)
+    runs = [pd.DataFrame()]
     for path in paths.values():
         try:
-            yield read_run(path)
+            runs.append(read_run(path))
         except UNREADABLE as error:
             reason = error.strerror if isinstance(error, OSError) else error
             print(f"{path} is left out, a log or its args.json cannot be read: {reason}", file=sys.stderr)
+    return pd.concat(runs, ignore_index=True)
 
 
-def read_run(folder: Path) -> Run:
-    """Reads a run of this project or the authors' script. Raises one of UNREADABLE if a file is missing or damaged."""
-    args = json.loads((folder / "args.json").read_text())
-    records = [json.loads(line) for line in (folder / "eval.log").read_text().split("\n")[:-1]]  # complete lines
-    repeat = int(args["action_repeat"])  # environment steps per step; the authors log steps only
-    returns = np.array([float(record["episode_reward"]) for record in records])
-    steps = np.array([float(each.get("environment_steps", each.get("step", np.nan) * repeat)) for each in records])
-    if not len(steps) or (np.diff(steps) <= 0).any() or not np.isfinite([steps, returns]).all():
+def read_run(folder: Path) -> pd.DataFrame:
+    """Reads a run of this project or the authors' script. Raises one of UNREADABLE if a file is missing or damaged.
+
+    Returns:
+        A row for each evaluation: COLUMNS, with NaN for what eval.log does not say and no commit without a starts.log;
+        and, the same in all rows, `run`, the folder; `interval` and `end`, the distance of two evaluations and the last
+        one, in environment steps; and each flag that is not FREE as text, in a column named `--flag`.
+    """
+    flags = json.loads((folder / "args.json").read_text())
+    repeat = int(flags["action_repeat"])  # environment steps per step; the authors log steps only
+    log = pd.DataFrame([json.loads(line) for line in (folder / "eval.log").read_text().split("\n")[:-1]])
+    log = log.reindex(columns=["environment_steps", "step", "episode_reward", "episode_reward_std"]).astype(float)
+    steps, returns = log["environment_steps"].fillna(log["step"] * repeat), log["episode_reward"]
+    if log.empty or (steps.diff() <= 0).any() or not np.isfinite([steps, returns]).all():
         raise ValueError("there are no evaluations, their steps do not rise, or a number is not finite")
-    deviations = np.array([float(record.get("episode_reward_std", np.nan)) for record in records])
-    # The run's parts, each from its step on.
-    log = folder / "starts.log"
-    starts = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    before = [[start["commit"] for start in starts if start["step"] * repeat <= step] for step in steps]
-    commits = [names[-1] if names else "" for names in before]
-    task = f"{args['domain_name']}_{args['task_name']}"
-    method, interval = METHODS[args["encoder_type"], args["decoder_type"]], int(args["eval_freq"]) * repeat
-    return Run(folder, task, method, int(args["seed"]), steps, returns, deviations, commits, interval, args)
+    path = folder / "starts.log"  # of the run's parts, each from its step on
+    starts = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    commits = [[start["commit"] for start in starts if start["step"] * repeat <= step] for step in steps]
+    columns = {
+        "task": f"{flags['domain_name']}_{flags['task_name']}",
+        "method": METHODS[flags["encoder_type"], flags["decoder_type"]],
+        "seed": int(flags["seed"]),
+        "environment steps": steps.astype(int),
+        "return": returns,
+        "deviation between episodes": log["episode_reward_std"],
+        "commit": [names[-1] if names else "" for names in commits],
+        "run": folder,
+        "interval": int(flags["eval_freq"]) * repeat,
+        "end": steps.iloc[-1],
+    }
+    return pd.DataFrame(columns | {f"--{name}": str(value) for name, value in flags.items() if name not in FREE})
 
 
-def read_published(path: Path) -> list[Score]:
+def read_published(path: Path) -> pd.DataFrame:
     """Reads published scores. Raises one of UNREADABLE if the file is missing or damaged."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file, restval=""))
-    numbers = [(int(row["environment_steps"]), float(row["mean_return"]), float(row["std"] or "nan")) for row in rows]
-    return [Score(row["task"], row["method"], *of, row["source"]) for row, of in zip(rows, numbers, strict=True)]
+    kinds = {"task": str, "method": str, "environment_steps": int, "mean_return": float, "std": float, "source": str}
+    return pd.read_csv(path, dtype=kinds)[list(kinds)]
 
 
-def grouped(runs: Sequence[Run]) -> dict[tuple[str, str], list[Run]]:
-    """Returns the runs by method and task, sorted."""
-    keys = sorted({(run.method, run.task) for run in runs})
-    return {key: [run for run in runs if (run.method, run.task) == key] for key in keys}
-
-
-def least_length(runs: Iterable[Run]) -> float:
-    """Returns half the environment steps of the longest run. Runs below it would cut the mean curve short."""
-    return max(run.steps[-1] for run in runs) / 2
-
-
-def notes(runs: Sequence[Run]) -> Iterator[str]:
+def notes(evaluations: pd.DataFrame) -> Iterator[str]:
     """Yields a line for each reason to doubt an average: different flags, equal seeds, a run that is too short."""
-    for (method, task), group in grouped(runs).items():
-        names = sorted({name for run in group for name in run.flags} - FREE)
-        differ = [name for name in names if len({str(run.flags[name]) for run in group if name in run.flags}) > 1]
-        if differ:
-            yield f"note: the runs of {method} on {task} are averaged though they differ in {', '.join(differ)}"
-        if len({run.seed for run in group}) < len(group):
-            yield f"note: the runs of {method} on {task} are averaged though some have the same seed"
-        for run in group:
-            if run.steps[-1] < least_length(group):
-                yield f"note: {run.folder} is not in the curve of the mean: it is not half as far as the longest run"
+    for (method, task), runs in evaluations.groupby(["method", "task"]):
+        averaged = f"note: the runs of {method} on {task} are averaged though"
+        numbers = runs.filter(like="--").nunique()
+        if (numbers > 1).any():
+            yield f"{averaged} they differ in {', '.join(sorted(numbers.index[numbers > 1]))}"
+        if runs.drop_duplicates("run")["seed"].duplicated().any():
+            yield f"{averaged} some have the same seed"
+        for run in runs["run"][runs["end"] < runs["end"].max() / 2].unique():
+            yield f"note: {run} is not in the curve of the mean: it is not half as far as the longest run"
 
 
 def estimate(samples: Sequence[np.ndarray]) -> tuple[float, float, float]:
@@ -156,57 +130,50 @@ def estimate(samples: Sequence[np.ndarray]) -> tuple[float, float, float]:
     return stats.trim_mean(np.concatenate(samples), cut), low, high
 
 
-def curve(runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns environment steps (N,), and mean return with interval (N, 3), over the runs that are long enough."""
-    runs = [run for run in runs if run.steps[-1] >= least_length(runs)]
-    end = min(run.steps[-1] for run in runs)
-    grid = np.unique(np.concatenate([run.steps for run in runs]))
-    grid = grid[(grid <= end) & (grid >= min(end, max(run.steps[0] for run in runs)))]
-    values = [np.interp(grid, run.steps, run.returns) for run in runs]
-    return grid, np.array([estimate([column]) for column in np.transpose(values)])
+def curve(runs: pd.DataFrame) -> pd.DataFrame:
+    """Returns mean return and its interval, by environment steps, as far as all runs go that are long enough."""
+    runs = runs[runs["end"] >= runs["end"].max() / 2]  # a shorter one would cut the curve short
+    returns = runs.pivot(index="environment steps", columns="run", values="return")
+    shared = returns.interpolate(method="index", limit_area="inside").dropna()
+    return pd.DataFrame([estimate([row]) for row in shared.to_numpy()], shared.index, ["mean", "low", "high"])
 
 
-def scores_at(runs: Iterable[Run], budget: int) -> np.ndarray:
+def scores_at(runs: pd.DataFrame, budget: int) -> np.ndarray:
     """Returns the last returns (N,) within a budget in environment steps, of the N runs that reach it."""
     # As in the DrQ paper (arXiv 2004.13649): with evaluations every 80k steps, the score at 500k is from 480k.
-    reached = [run for run in runs if run.steps[-1] + run.interval > budget]
-    within = [run.returns[(run.steps > 0) & (run.steps <= budget)] for run in reached]
-    return np.array([returns[-1] for returns in within if len(returns)])
+    reached = runs[(runs["end"] + runs["interval"] > budget) & runs["environment steps"].between(1, budget)]
+    return reached.groupby("run", sort=False)["return"].last().to_numpy()
 
 
-def draw(runs: Sequence[Run], published: Sequence[Score]) -> Figure:
+def draw(evaluations: pd.DataFrame, published: pd.DataFrame) -> Figure:
     """Returns the figure, a panel per task: each run faint, the mean and its interval, and published scores."""
-    tasks = sorted({run.task for run in runs})
+    tasks = evaluations.groupby("task")
     columns, rows = min(3, len(tasks)), -(-len(tasks) // 3)
     figure = Figure(figsize=(4.2 * columns, 3.2 * rows), layout="constrained")
     legend: dict[str, Any] = {}
-    for index, task in enumerate(tasks, start=1):
+    for index, (task, shown) in enumerate(tasks, start=1):
         axis = figure.add_subplot(rows, columns, index)
-        shown = [run for run in runs if run.task == task]
-        shift = 0.025 * max(run.steps[-1] for run in shown)  # keeps the table's scores of several methods apart
-        for number, ((method, _), group) in enumerate(grouped(shown).items(), start=1):
+        for number, (method, runs) in enumerate(shown.groupby("method"), start=1):
             colour, line, marker = STYLES[method]
             style: dict[str, Any] = {"color": colour, "marker": marker}
-            for run in group:
-                axis.plot(run.steps, run.returns, color=colour, alpha=0.25, linewidth=0.8)
-            grid, means = curve(group)
-            axis.plot(grid, means[:, 0], line, ms=3, label=f"{method}, here (mean, 95 %)", **style)
-            axis.fill_between(grid, means[:, 1], means[:, 2], color=colour, alpha=0.2, linewidth=0)
-            end = 1.25 * max(run.steps[-1] for run in group)
-            near = [score for score in published if score[:2] == (task, method) and score.steps <= end]
-            figures = np.array([(score.steps, score.mean) for score in near if "figure" in score.source])
-            if len(figures):
+            for _, run in runs.groupby("run", sort=False):
+                axis.plot(run["environment steps"], run["return"], color=colour, alpha=0.25, linewidth=0.8)
+            means = curve(runs)
+            axis.plot(means["mean"], line, ms=3, label=f"{method}, here (mean, 95 %)", **style)
+            axis.fill_between(means.index, means["low"], means["high"], color=colour, alpha=0.2, linewidth=0)
+            near = published[published["environment_steps"] <= 1.25 * runs["end"].max()]
+            near = near[(near["task"] == task) & (near["method"] == method)].set_index("environment_steps")
+            points = near["mean_return"][near["source"].str.contains("figure")]
+            if len(points):
                 label = f"{method}, published figure"
-                axis.plot(*figures.T, "--", ms=4, mfc="white", linewidth=0.8, label=label, **style)
-            tables = np.array([score[2:5] for score in near if "DrQ" in score.source and score.steps in BUDGETS])
-            if len(tables):
-                steps, mean, std = tables.T
-                label = f"{method}, DrQ paper's table"
-                axis.errorbar(
-                    steps + number * shift, mean, std, ls="", ms=6, capsize=3, mec="black", label=label, **style
-                )
+                axis.plot(points, "--", ms=4, mfc="white", linewidth=0.8, label=label, **style)
+            points = near[near["source"].str.contains("DrQ") & near.index.isin(BUDGETS)]
+            if len(points):
+                steps = points.index + 0.025 * number * shown["end"].max()  # keeps several methods apart
+                mean, std, label = points["mean_return"], points["std"], f"{method}, DrQ paper's table"
+                axis.errorbar(steps, mean, std, ls="", ms=6, capsize=3, mec="black", label=label, **style)
         axis.set(title=task.replace("_", " "), xlabel="environment steps", ylabel="return", xlim=(0, None))
-        if all((run.returns >= 0).all() for run in shown):  # as in all tasks of the paper
+        if (shown["return"] >= 0).all():  # as in all tasks of the paper
             axis.set_ylim(-20, 1020)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 100k, 1M
         axis.grid(alpha=0.3)
@@ -216,14 +183,15 @@ def draw(runs: Sequence[Run], published: Sequence[Score]) -> Figure:
     return figure
 
 
-def table(runs: Sequence[Run], published: Sequence[Score]) -> Iterator[Sequence[str]]:
-    """Yields names of columns and, for each budget, a row per method and task, then each method's mean over tasks."""
-    yield "method", "task", "environment steps", "seeds", "return", "deviation", "95 %", "published"
-    known = {score[:3]: score for score in published if "DrQ" in score.source}
+def table(evaluations: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
+    """Returns, for each budget, a row per method and task, then each method's mean over tasks, as text."""
+    drq = published[published["source"].str.contains("DrQ")]
+    known = {tuple(row[:3]): f"{row[3]:g} ± {row[4]:g}" for row in drq.to_numpy()}
+    rows = []
     for budget in BUDGETS:
-        scores = {key: scores_at(group, budget) for key, group in grouped(runs).items()}
+        scores = {key: scores_at(runs, budget) for key, runs in evaluations.groupby(["method", "task"])}
         entries = [(*key, [sample]) for key, sample in scores.items()]
-        for method in sorted({run.method for run in runs}):
+        for method in sorted(evaluations["method"].unique()):
             samples = [sample for key, sample in scores.items() if key[0] == method]
             # An interquartile mean needs four scores. Only equal numbers of seeds give tasks equal weights.
             if len(samples) > 1 and sum(map(len, samples)) >= 4 and len({*map(len, samples)}) == 1:
@@ -234,46 +202,22 @@ def table(runs: Sequence[Run], published: Sequence[Score]) -> Iterator[Sequence[
             value = f"{mean:.1f}" if seeds else "not reached"
             deviation = f"{np.std(samples[0], ddof=1):.1f}" if seeds > 1 and len(samples) == 1 else ""
             interval = f"{low:.1f} to {high:.1f}" if seeds > 1 else ""
-            score = known.get((name, method, budget))
-            text = "not published" if score is None else f"{score.mean:g} ± {score.std:g}"
-            yield method, name, f"{budget}", f"{seeds}", value, deviation, interval, text
+            score = known.get((name, method, budget), "not published")
+            rows.append((method, name, f"{budget}", f"{seeds}", value, deviation, interval, score))
+    columns = ["method", "task", "environment steps", "seeds", "return", "deviation", "95 %", "published"]
+    return pd.DataFrame(rows, columns=columns)
 
 
-def make_files(folder: Path, runs: Sequence[Run], published: Sequence[Score]) -> None:
-    """Writes FILES into an empty folder."""
-    figure, scores = draw(runs, published), list(table(runs, published))
+def make_files(folder: Path, evaluations: pd.DataFrame, published: pd.DataFrame) -> None:
+    """Writes FILES and their LIST into an empty folder."""
+    figure, scores = draw(evaluations, published), table(evaluations, published)
     figure.savefig(folder / "curves.png", dpi=150)
     figure.savefig(folder / "curves.svg", metadata={"Date": None})
-    rows = [scores[0], ["---"] * len(scores[0]), *scores[1:]]
+    rows = [scores.columns, ["---"] * len(scores.columns), *scores.to_numpy()]
     (folder / "scores.md").write_text("".join(f"| {' | '.join(row)} |\n" for row in rows))
-    evaluations: list[Sequence[Any]] = [
-        ("task", "method", "seed", "environment steps", "return", "deviation between episodes", "commit")
-    ]
-    for run in runs:
-        about, columns = (
-            (run.task, run.method, run.seed),
-            (run.steps.astype(int), run.returns, run.deviations, run.commits),
-        )
-        evaluations += [(*about, *row) for row in zip(*columns, strict=True)]
-    for name, content in {"scores.csv": scores, "evaluations.csv": evaluations}.items():
-        with (folder / name).open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(content)
-
-
-def checksums(folder: Path) -> Iterator[str]:
-    """Yields a line for each of FILES that can be read: its name and SHA-256."""
-    for name in FILES:
-        with suppress(OSError):
-            yield f"{name} {hashlib.sha256((folder / name).read_bytes()).hexdigest()}"
-
-
-def not_mine(out: Path) -> list[str]:
-    """Returns which of FILES in the folder are not as this program has written them."""
-    written: list[str] = []
-    with suppress(OSError, ValueError):  # there is no list, or no text in it
-        written = (out / WRITTEN).read_text().splitlines()
-    mine = {line.split()[0] for line in checksums(out) if line in written}
-    return [name for name in FILES if os.path.lexists(out / name) and name not in mine]
+    scores.to_csv(folder / "scores.csv", index=False)
+    evaluations.to_csv(folder / "evaluations.csv", columns=COLUMNS, index=False, na_rep="nan")
+    (folder / LIST).write_text("".join(f"{name}\n" for name in FILES))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -288,26 +232,27 @@ def main(argv: list[str] | None = None) -> int:
         published = read_published(Path(args.published))
     except UNREADABLE as error:
         parser.error(f"{args.published} cannot be read as published scores: {error}")
-    runs = list(find_runs(map(Path, args.folders)))
-    if not runs:
+    evaluations = read_runs(map(Path, args.folders))
+    if evaluations.empty:
         parser.error("there is no run to draw")
-    if others := not_mine(out):
-        what = "files that plot.py has not written, or that were changed since"
-        parser.error(f"--out {out} holds {what} ({', '.join(others)}): move them away, or choose another folder")
-    print("".join(f"{line}\n" for line in notes(runs)), file=sys.stderr, end="")
     try:
+        mine = (out / LIST).read_text(errors="replace").split() if (out / LIST).exists() else []
+        if others := [name for name in FILES if os.path.lexists(out / name) and name not in mine]:
+            what = f"files that plot.py has not written ({', '.join(others)})"
+            parser.error(f"--out {out} holds {what}: move them away, or choose another folder")
+        for line in notes(evaluations):
+            print(line, file=sys.stderr)
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".plot.", dir=out) as folder:  # so that files appear whole
-            make_files(Path(folder), runs, published)
-            # The list comes first, with both old and new files: an interrupted call leaves some of either.
-            lines = [*checksums(out), *checksums(Path(folder))]
-            (Path(folder) / WRITTEN).write_text("".join(f"{line}\n" for line in lines))
-            for name in (WRITTEN, *FILES):
+            make_files(Path(folder), evaluations, published)
+            for name in (LIST, *FILES):  # the list first, or an interrupted call would leave files of nobody
                 (Path(folder) / name).replace(out / name)
     except OSError as error:
         parser.error(f"--out {out} cannot be written: {error.strerror}")
-    with report.one_line(parser.fail):
-        report.show((out / "scores.md").read_text().rstrip())
+    try:
+        start.show((out / "scores.md").read_text().rstrip())
+    except MachineError as error:
+        parser.fail(str(error))
     return 0
 
 

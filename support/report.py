@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import shlex
 import shutil
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from errors import MachineError, UserError
 from support.machine import cores
+from support.start import show
 from support.work_dir import existing_part
 
 # Action repeats of the published results (paper, table 2).
@@ -32,15 +32,6 @@ PUBLISHED_REPEATS = {
     ("finger", "spin"): 2,
     ("walker", "walk"): 2,
 }
-
-
-def show(line: str) -> None:
-    """Prints a line on stdout. Raises MachineError if that is a pipe without a reader, or a full disk."""
-    try:
-        print(line, flush=True)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more at exit
-        raise MachineError(str(error)) from error
 
 
 def say(line: str) -> None:

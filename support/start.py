@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 
+from errors import MachineError
+
 
 def program() -> None:
     """Opens missing standard streams, lets Ctrl-C end the program, and shortens the time that threads spin."""
@@ -27,3 +29,12 @@ def program() -> None:
     # the time of an update. https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def show(line: str) -> None:
+    """Prints a line on stdout. Raises MachineError if that is a pipe without a reader, or a full disk."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more at exit
+        raise MachineError(str(error)) from error
