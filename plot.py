@@ -59,7 +59,7 @@ def read_runs(folders: Iterable[Path]) -> pd.DataFrame:
         if not found:
             what = "no run there, nothing with an args.json" if folder.is_dir() else "the folder does not exist"
             print(f"{folder}: {what}", file=sys.stderr)
-    runs = [pd.DataFrame()]
+    runs = [pd.DataFrame()]  # if there is no run
     for path in paths.values():
         try:
             runs.append(read_run(path))
@@ -83,7 +83,7 @@ def read_run(folder: Path) -> pd.DataFrame:
     log = log.reindex(columns=["environment_steps", "step", "episode_reward", "episode_reward_std"]).astype(float)
     steps, returns = log["environment_steps"].fillna(log["step"] * repeat), log["episode_reward"]
     if log.empty or (steps.diff() <= 0).any() or not np.isfinite([steps, returns]).all():
-        raise ValueError("there are no evaluations, their steps do not rise, or a number is not finite")
+        raise ValueError("there are no evaluations, their steps do not rise, or a number is missing")
     path = folder / "starts.log"  # of the run's parts, each from its step on
     starts = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     commits = [[start["commit"] for start in starts if start["step"] * repeat <= step] for step in steps]
@@ -98,8 +98,9 @@ def read_run(folder: Path) -> pd.DataFrame:
         "run": folder,
         "interval": int(flags["eval_freq"]) * repeat,
         "end": steps.iloc[-1],
+        **{f"--{name}": str(value) for name, value in flags.items() if name not in FREE},
     }
-    return pd.DataFrame(columns | {f"--{name}": str(value) for name, value in flags.items() if name not in FREE})
+    return pd.DataFrame(columns)
 
 
 def read_published(path: Path) -> pd.DataFrame:
@@ -112,9 +113,9 @@ def notes(evaluations: pd.DataFrame) -> Iterator[str]:
     """Yields a line for each reason to doubt an average: different flags, equal seeds, a run that is too short."""
     for (method, task), runs in evaluations.groupby(["method", "task"]):
         averaged = f"note: the runs of {method} on {task} are averaged though"
-        numbers = runs.filter(like="--").nunique()
-        if (numbers > 1).any():
-            yield f"{averaged} they differ in {', '.join(sorted(numbers.index[numbers > 1]))}"
+        differ = sorted(name for name, values in runs.filter(like="--").items() if values.nunique() > 1)
+        if differ:
+            yield f"{averaged} they differ in {', '.join(differ)}"
         if runs.drop_duplicates("run")["seed"].duplicated().any():
             yield f"{averaged} some have the same seed"
         for run in runs["run"][runs["end"] < runs["end"].max() / 2].unique():
@@ -186,7 +187,7 @@ def draw(evaluations: pd.DataFrame, published: pd.DataFrame) -> Figure:
 def table(evaluations: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     """Returns, for each budget, a row per method and task, then each method's mean over tasks, as text."""
     drq = published[published["source"].str.contains("DrQ")]
-    known = {tuple(row[:3]): f"{row[3]:g} ± {row[4]:g}" for row in drq.to_numpy()}
+    known = {tuple(key): f"{mean:g} ± {std:g}" for *key, mean, std, _ in drq.to_numpy()}
     rows = []
     for budget in BUDGETS:
         scores = {key: scores_at(runs, budget) for key, runs in evaluations.groupby(["method", "task"])}
@@ -247,10 +248,9 @@ def main(argv: list[str] | None = None) -> int:
             make_files(Path(folder), evaluations, published)
             for name in (LIST, *FILES):  # the list first, or an interrupted call would leave files of nobody
                 (Path(folder) / name).replace(out / name)
+        start.show((out / "scores.md").read_text().rstrip())
     except OSError as error:
         parser.error(f"--out {out} cannot be written: {error.strerror}")
-    try:
-        start.show((out / "scores.md").read_text().rstrip())
     except MachineError as error:
         parser.fail(str(error))
     return 0
