@@ -79,7 +79,7 @@ def read_run(folder: Path) -> pd.DataFrame:
     """
     flags = json.loads((folder / "args.json").read_text())
     repeat = int(flags["action_repeat"])  # environment steps per step; the authors log steps only
-    log = pd.DataFrame([json.loads(line) for line in (folder / "eval.log").read_text().split("\n")[:-1]])
+    log = pd.DataFrame([dict(json.loads(line)) for line in (folder / "eval.log").read_text().split("\n")[:-1]])
     log = log.reindex(columns=["environment_steps", "step", "episode_reward", "episode_reward_std"]).astype(float)
     steps, returns = log["environment_steps"].fillna(log["step"] * repeat), log["episode_reward"]
     if log.empty or (steps.diff() <= 0).any() or not np.isfinite([steps, returns]).all():

@@ -1,4 +1,4 @@
-"""What a program does before it imports anything else: `start.program()`."""
+"""What a program does before it imports anything else, `start.program()`, and how it prints a line, `start.show()`."""
 
 from __future__ import annotations
 

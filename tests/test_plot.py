@@ -164,6 +164,9 @@ DAMAGES = {
     "other fields": lambda folder: (folder / "eval.log").write_text('{"reward": 3}\n'),
     "text": lambda folder: (folder / "eval.log").write_bytes(b"\xff\xfe"),
     "list": lambda folder: (folder / "eval.log").write_text("[1]\n"),
+    "list and fields": lambda folder: (folder / "eval.log").write_text(
+        '[1]\n{"episode_reward": 1, "environment_steps": 0}\n'
+    ),
     "order": lambda folder: (folder / "eval.log").write_text(
         "".join(f'{{"episode_reward": 1, "environment_steps": {step}}}\n' for step in (0, 8, 4))
     ),
