@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import imageio.v2 as imageio
+import imageio.v3 as iio
 import numpy as np
 
 from errors import MachineError
+from files import write_atomically, writing
 from support.signals import held_signals
 
 
@@ -32,11 +31,10 @@ class VideoRecorder:
         camera_id: int | None = None,
         fps: int = 30,
     ):
-        self.dir_name = None if dir_name is None else Path(dir_name)
+        self.dir_name, self.fps = dir_name, fps
         given = {"height": height, "width": width, "camera_id": camera_id}
         given = {name: value for name, value in given.items() if value is not None}
         self.keywords: dict[str, Any] = given and {"mode": "rgb_array"} | given
-        self.fps = fps
         self.init(enabled=False)
 
     def init(self, enabled: bool = True) -> None:
@@ -52,7 +50,7 @@ class VideoRecorder:
     def save(self, file_name: str) -> None:
         """Writes the frames to `file_name` (.mp4) in the recorder's folder; it appears whole or not at all."""
         if self.enabled and self.dir_name is not None:
-            write_video(self.dir_name / file_name, self.frames, self.fps)
+            write_video(Path(self.dir_name) / file_name, self.frames, self.fps)
 
 
 def write_video(path: Path, frames: Iterable[np.ndarray], fps: int = 30, overwrite: bool = True) -> None:
@@ -63,45 +61,25 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: int = 30, overwri
     Raises:
         MachineError: it cannot be written, or is there and must not be overwritten.
     """
-    temporary = path.with_name(f".{uuid.uuid4().hex}.mp4")
-    # One writer thread: by default ffmpeg takes the cores that training needs. Blocks of 2: any even size is kept.
-    options: dict[str, Any] = {"macro_block_size": 2, "output_params": ["-threads", "1"], "ffmpeg_log_level": "quiet"}
+    pictures = list(frames)
+    # One thread: by default ffmpeg takes the cores that training needs.
+    output = ["-threads", "1", "-vf", "crop=trunc(iw/2)*2:trunc(ih/2)*2"]
+    options: dict[str, Any] = {"fps": fps, "output_params": output, "macro_block_size": 1, "ffmpeg_log_level": "quiet"}
     try:
-        with _ffmpeg(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            writer: Any = imageio.get_writer(temporary, fps=fps, **options)
-        try:
-            for frame in frames:  # an error in making one is not ffmpeg's
-                height, width = (side // 2 * 2 for side in frame.shape[:2])
-                with _ffmpeg(path), held_signals():  # the first frame starts ffmpeg
-                    writer.append_data(frame[:height, :width])
-        finally:
-            with _ffmpeg(path):
-                writer.close()
-        with _ffmpeg(path):
-            if not is_whole(temporary):
-                raise OSError("ffmpeg does not report a disk that is full at its end")
-            if path.exists() and not overwrite:
-                raise MachineError(f"{path} exists already, and is not overwritten")
-            temporary.replace(path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _ffmpeg(path: Path) -> Iterator[None]:
-    """Turns ffmpeg's errors, which have many lines, into one."""
-    try:
-        yield
+        with held_signals():
+            content = iio.imwrite("<bytes>", pictures, extension=".mp4", **options)
+        if not is_whole(content):  # ffmpeg's exit status is lost
+            raise OSError("the file is not whole")
     except OSError as error:
-        raise MachineError(f"video {path}: ffmpeg could not write it; is the disk full?") from error
+        raise MachineError(f"video {path}: ffmpeg cannot write its temporary file; is the disk full?") from error
+    if path.exists() and not overwrite:
+        raise MachineError(f"{path} exists already, and is not overwritten")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content)
 
 
-def is_whole(path: Path) -> bool:
-    """Whether an mp4 has its index and ends where its boxes do (ISO/IEC 14496-12: size and name, then content)."""
-    content, offset, names = path.read_bytes(), 0, set()
-    while offset + 8 <= len(content):
-        names.add(content[offset + 4 : offset + 8])
-        offset += max(8, int.from_bytes(content[offset : offset + 4]))
-    return offset == len(content) and b"moov" in names
+def is_whole(content: bytes) -> bool:
+    """Whether an mp4 ends with its index, which ffmpeg writes last (ISO/IEC 14496-12: size, name, content)."""
+    start = content.rfind(b"moov") - 4
+    return int.from_bytes(content[start : start + 4]) == len(content) - start

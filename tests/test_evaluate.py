@@ -507,6 +507,7 @@ def test_a_video_that_fails_leaves_nothing(runs, tmp_path, capsys, monkeypatch):
 
     def someone_else(evaluation):
         yield from frames(evaluation)
+        path.parent.mkdir()
         path.write_text("precious")
 
     for patch, words, left in (
@@ -519,7 +520,7 @@ def test_a_video_that_fails_leaves_nothing(runs, tmp_path, capsys, monkeypatch):
         output = capsys.readouterr()
         assert re.fullmatch(rf"evaluate.py: error: (video )?{path}.*{words}\n", output.err)
         assert "\nmean " in output.out
-        assert [file.name for file in path.parent.iterdir()] == left
+        assert [file.name for file in path.parent.glob("*")] == left
     assert path.read_text() == "precious"
 
 

@@ -12,6 +12,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -433,16 +434,21 @@ def test_cuda_graphs_are_for_gpus(monkeypatch):
 
 def test_videos_survive_signals_to_all_processes(tmp_path):
     """As a scheduler sends them: ffmpeg ends when it has all frames."""
+    sent = []
 
-    def frames():
-        for index in range(30):
-            if index == 10:
-                (ffmpeg,) = (child for child in psutil.Process().children() if "ffmpeg" in child.name())
-                ffmpeg.send_signal(signal.SIGTERM)
-            yield np.full((64, 64, 3), 8 * index, np.uint8)
+    def send():
+        while not sent:
+            for child in psutil.Process().children():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if "rawvideo" in child.cmdline():
+                        child.send_signal(signal.SIGTERM)
+                        sent.append(child)
 
-    write_video(tmp_path / "video.mp4", frames())
-    assert iio.imread(tmp_path / "video.mp4").shape == (30, 64, 64, 3)
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    write_video(tmp_path / "video.mp4", (np.full((256, 256, 3), index, np.uint8) for index in range(200)))
+    sender.join()
+    assert len(iio.imread(tmp_path / "video.mp4")) == 200
 
 
 @contextlib.contextmanager
