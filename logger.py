@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from collections import defaultdict
 from contextlib import ExitStack
@@ -22,14 +23,14 @@ from errors import MachineError, UserError
 from files import writing
 from support.report import show
 
-# The console lines, which show fields of the log files.
+# The console lines, which show fields of the log files, and their colours.
 LINES = {
     "train": "E: {episode:.0f} | S: {step:.0f} | D: {duration:.1f} s | R: {episode_reward:.4f} | "
     "BR: {batch_reward:.4f} | ALOSS: {actor_loss:.4f} | CLOSS: {critic_loss:.4f} | RLOSS: {ae_loss:.4f}",
     "eval": "S: {step:.0f} | ER: {episode_reward:.4f}",
 }
-PREFIXES = tuple(f"{section}{end}" for section in LINES for end in "/_")
 COLOURS = {"train": "yellow", "eval": "green"}
+State = dict[str, Any]
 Values = list[tuple[Any, int, int]]  # each the sum of how many values, and its step
 
 
@@ -39,61 +40,47 @@ class Logger:
     Args:
         log_dir: an existing folder. It gets `train.log` and `eval.log`, a JSON object a line.
         use_tb: whether to write TensorBoard's events under `tb`, too.
-        config: which console lines; there are only those of `rl`.
+        config: there are only the console lines of `rl`.
         state: what an earlier logger's `state` gave. What was written after that is cut, and forgotten by TensorBoard.
-
-    Raises:
-        ValueError: unknown `config`.
-        UserError: a file is shorter than it was at `state`; nothing has been cut.
+            If lines before it are missing, UserError is raised, and nothing is cut.
     """
 
-    def __init__(
-        self, log_dir: str | Path, use_tb: bool = True, config: str = "rl", state: dict[str, Any] | None = None
-    ):
-        if config != "rl":
-            raise ValueError(f"unknown logger config {config!r}: choose one of rl")
+    def __init__(self, log_dir: str | Path, use_tb: bool = True, config: str = "rl", state: State | None = None):
         self._paths = {section: Path(log_dir) / f"{section}.log" for section in LINES}
         self._tb, self._writer = Path(log_dir) / "tb", None
         self._values: dict[str, Values] = defaultdict(list)  # pending values, by key
         if state is not None:
-            self._restore(state)
+            self._values |= state["meters"]
+            self._cut_files(state["sizes"])
         if use_tb:
             from torch.utils.tensorboard import SummaryWriter  # only here: it takes seconds to import
 
             with writing(self._tb):
                 self._writer = SummaryWriter(str(self._tb), purge_step=state["step"] + 1 if state else None)
             # What ends TensorBoard's thread is raised at the next call, and need not be printed, too.
-            hook = self._excepthook = threading.excepthook
+            hook = threading.excepthook
             threading.excepthook = lambda args: None if "AsyncWriter" in type(args.thread).__name__ else hook(args)
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        sizes = {path: state["sizes"][path.name] for path in self._paths.values()}
-        for path, size in sizes.items():
-            if _size(path) < size:
+    def _cut_files(self, sizes: dict[str, int]) -> None:
+        for path in self._paths.values():
+            if (path.stat().st_size if path.exists() else 0) < sizes[path.name]:
                 raise UserError(f"{path} is missing or shorter than at the checkpoint: lines were lost")
-        for path, size in sizes.items():
-            if path.exists():
-                with writing(path):
-                    os.truncate(path, size)
-        self._values.update((key, [tuple(value) for value in values]) for key, values in state["meters"].items())
+        for path in filter(Path.exists, self._paths.values()):
+            with writing(path):
+                os.truncate(path, sizes[path.name])
 
     def log(self, key: str, value: float | Tensor, step: int, n: int = 1) -> None:
-        """Takes a number or a scalar tensor, the sum of `n` values. Raises ValueError if no section has the key.
-
-        Nothing is fetched from a GPU or written here.
-        """
-        if not key.startswith(PREFIXES):
-            raise ValueError(f"the key {key!r} begins with none of {', '.join(LINES)}")
-        # Convert CPU tensors to floats at once: small live tensors would fragment the heap between an update's large
-        # ones (https://sourceware.org/glibc/wiki/MallocInternals).
+        """Collects a number or a scalar tensor, the sum of `n` values. Waits for no GPU. Refuses keys of no section."""
+        if not re.match("(train|eval)[/_]", key):
+            raise ValueError(f"the key {key!r} begins with neither train nor eval")
+        # Small live CPU tensors would fragment the heap (https://sourceware.org/glibc/wiki/MallocInternals).
         kept = value.detach() if isinstance(value, Tensor) and value.device.type != "cpu" else float(value)
         self._values[key].append((kept, n, step))
 
     def dump(self, step: int) -> None:
         """Writes a line for each section that has values: console, log file and TensorBoard.
 
-        Raises:
-            MachineError: a file cannot be written, or a loss is NaN or infinite; the message names it.
+        Raises MachineError if a file cannot be written, or if a loss is NaN or infinite; the message names it.
         """
         for section, path in self._paths.items():
             keys = [key for key in self._values if key.startswith(section)]
@@ -113,10 +100,15 @@ class Logger:
         for key, values in self._values.items():
             _mean(key, values)
 
-    def state(self, step: int) -> dict[str, Any]:
+    def state(self, step: int) -> State:
         """Pending values, and the log files' sizes in bytes. Syncs the files to disk."""
         meters = {key: [(float(value), n, at) for value, n, at in values] for key, values in self._values.items()}
-        return {"step": step, "meters": meters, "sizes": {path.name: _size(path) for path in self._paths.values()}}
+        sizes = {path.name: 0 for path in self._paths.values()}
+        for path in filter(Path.exists, self._paths.values()):
+            with writing(path), path.open("rb") as file:
+                os.fsync(file.fileno())
+            sizes[path.name] = path.stat().st_size
+        return {"step": step, "meters": meters, "sizes": sizes}
 
     def log_param(self, key: str, param: nn.Module, step: int) -> None:
         """Histograms of a layer's weight and bias, and of their gradients where there are any."""
@@ -146,8 +138,6 @@ class Logger:
 
     def close(self) -> None:
         """Flushes and closes TensorBoard's events. Raises MachineError if they cannot be written."""
-        if self._writer is not None:
-            threading.excepthook = self._excepthook
         self._tensorboard("close")
 
     def _tensorboard(self, method: str, *args: Any) -> None:
@@ -169,15 +159,6 @@ def _mean(key: str, values: Values) -> float:
     return float(numbers.sum() / sum(n for _, n, _ in values))
 
 
-def _size(path: Path) -> int:
-    """Bytes of a file, which is synced to disk; 0 if there is none."""
-    if not path.exists():
-        return 0
-    with writing(path), path.open("rb") as file:
-        os.fsync(file.fileno())
-    return path.stat().st_size
-
-
 def _field(key: str) -> str:
     """A key's name in the log files: `train_critic/loss` is `critic_loss`, `train_ae/ae_loss` is `ae_loss`."""
     group, _, name = key.partition("/")
@@ -190,7 +171,7 @@ def log_networks(logger: Logger, agent: Agent, observations: np.ndarray, step: i
     """Weights of all networks that train, activations on observations (N, ...), and reconstructions beside them."""
 
     def log_output(key: str, _layer: nn.Module, _inputs: Any, output: Tensor) -> None:
-        logger.log_histogram(f"{key}_output", output, step)
+        logger.log_histogram(key, output, step)
 
     obs = agent.to_network_input(torch.as_tensor(observations))
     with ExitStack() as hooks:
@@ -199,7 +180,7 @@ def log_networks(logger: Logger, agent: Agent, observations: np.ndarray, step: i
                 if any(parameter.requires_grad for parameter in layer.parameters(recurse=False)):
                     key = f"train_{network_name}/{name}"
                     logger.log_param(key, layer, step)
-                    hooks.enter_context(layer.register_forward_hook(partial(log_output, key)))
+                    hooks.enter_context(layer.register_forward_hook(partial(log_output, f"{key}_output")))
         mean_action, *_ = agent.actor(obs, compute_pi=False, compute_log_pi=False)
         agent.critic(obs, mean_action)
         if agent.decoder is not None:
