@@ -14,8 +14,7 @@ _VARIABLES = (
     *("MUJOCO_GL", "MUJOCO_EGL", "PYOPENGL_PLATFORM", "EGL_PLATFORM", "__EGL_VENDOR", "GALLIUM_DRIVER"),
     *("LIBGL_", "MESA_GL", "MESA_LOADER"),
 )
-_CHOSEN = "DMC2GYM_RENDERER"  # the MUJOCO_GL that `choose_backend` has set, in this process or in a parent
-_CHOSEN_GPU = "DMC2GYM_EGL_DEVICE_ID"  # the MUJOCO_EGL_DEVICE_ID that `render_on` has set
+_CHOSEN = "DMC2GYM_RENDERER"  # variables that are set here or in a parent process, and not by the user
 _SOFTWARE = ("llvmpipe", "softpipe", "swrast", "software")
 _INSTALL_HINT = "on Debian or Ubuntu: apt-get install libegl1 libgl1-mesa-dri libopengl0"
 
@@ -30,12 +29,13 @@ def choose_backend() -> None:
     A backend can load and still not work, so each one is tried. A failed trial leaves PyOpenGL unusable in its
     process, so trials run in subprocesses. On other systems dm_control chooses.
     """
+    # OSMesa would draw in a thread, which ends before its contexts are freed at exit: that prints tracebacks.
+    os.environ.setdefault("DISABLE_RENDER_THREAD_OFFLOADING", "true")
     if os.environ.get("MUJOCO_GL") or sys.platform != "linux":
         return
     # A user who names a GPU for EGL does not want software on the CPU instead.
     backends = ["egl"] if "MUJOCO_EGL_DEVICE_ID" in os.environ else ["egl", "osmesa"]
-    working = (backend for backend in backends if _works(backend))
-    os.environ["MUJOCO_GL"] = os.environ[_CHOSEN] = next(working, "disabled")
+    _choose("MUJOCO_GL", next(filter(_works, backends), "disabled"))
 
 
 def render_on(device: str) -> None:
@@ -51,7 +51,12 @@ def render_on(device: str) -> None:
     if visible != [""]:  # numbers, or names that EGL does not know
         number = visible[int(number)] if int(number) < len(visible) else ""
     if number.isdecimal() and number != "0" and _works("egl", MUJOCO_EGL_DEVICE_ID=number):  # 0 is EGL's own choice
-        os.environ["MUJOCO_EGL_DEVICE_ID"] = os.environ[_CHOSEN_GPU] = number
+        _choose("MUJOCO_EGL_DEVICE_ID", number)
+
+
+def _choose(name: str, value: str) -> None:
+    os.environ[name] = value
+    os.environ[_CHOSEN] = f"{os.environ.get(_CHOSEN, '')} {name}={value}"
 
 
 def _works(backend: str, **variables: str) -> bool:
@@ -66,11 +71,9 @@ def _works(backend: str, **variables: str) -> bool:
 
 def renderer_error(cause: Exception) -> RendererError:
     """Makes the error for users: the cause, and the variables that they set, or else what to install."""
-    # Values that this package or dm_control has set are not the user's.
-    ours = {"MUJOCO_GL": os.environ.get(_CHOSEN), "PYOPENGL_PLATFORM": os.environ.get("MUJOCO_GL")}
-    ours["MUJOCO_EGL_DEVICE_ID"] = os.environ.get(_CHOSEN_GPU)
-    found = [(name, value) for name, value in os.environ.items() if name.startswith(_VARIABLES)]
-    named = ", ".join(f"{name}={value}" for name, value in found if value != ours.get(name))
+    ours = [*os.environ.get(_CHOSEN, "").split(), f"PYOPENGL_PLATFORM={os.environ.get('MUJOCO_GL')}"]  # by dm_control
+    found = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(_VARIABLES)]
+    named = ", ".join(variable for variable in found if variable not in ours)
     reason = " ".join(str(cause).split()) or type(cause).__name__
     advice = f"{named} is set: unset it, or choose another value" if named else _INSTALL_HINT
     return RendererError(f"no usable renderer ({reason}); {advice}")

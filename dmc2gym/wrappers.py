@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import atexit
-import concurrent.futures.thread  # noqa: F401  # for `_free_at_exit`
 import difflib
+import functools
 import logging
 import math
-import threading
 import warnings
-import weakref
-from collections.abc import Mapping
 from typing import Any
 
 import gym
 import numpy as np
+from dm_control.rl.control import PhysicsError
 from gym.wrappers import TimeLimit
 
 from dmc2gym.rendering import renderer_error, renderer_name, start_renderer
@@ -52,20 +49,18 @@ def renderer_of(env: Any, drawn: bool = True) -> tuple[str, bool] | None:
     return renderer_name(task.physics) if drawn else ("none", False)
 
 
+@functools.cache
 def _suite() -> Any:
     """Imports dm_control's suite, late: that takes a second, which `--help` should not."""
-    logging.getLogger("absl").addFilter(_worth_reading)
+    # MuJoCo's warning about the suite's own models, and what `step` reports as `physics_error`
+    hidden = ("settotalmass", "The simulation is unstable")
+    logging.getLogger("absl").addFilter(lambda record: not any(text in record.getMessage() for text in hidden))
     warnings.filterwarnings("ignore", module="glfw")  # about a missing display, which matters only if GLFW is chosen
     try:
         from dm_control import suite
     except Exception as error:  # each renderer that cannot load raises its own kinds
         raise renderer_error(error) from error
     return suite
-
-
-def _worth_reading(record: logging.LogRecord) -> bool:
-    """Hides MuJoCo's warning about the suite's own models, and what `step` reports as `physics_error`."""
-    return not any(text in record.getMessage() for text in ("settotalmass", "The simulation is unstable"))
 
 
 def _no_observation(_physics: Any) -> dict[str, np.ndarray]:
@@ -144,43 +139,22 @@ class DMCWrapper(gym.Env):
         shape = (3, height, width) if channels_first else (height, width, 3)
         self.observation_space = gym.spaces.Box(0, 255, shape, np.uint8) if from_pixels else self.state_space
         self.current_state: np.ndarray | None = None
-        self._free_at_exit()
-
-    def _free_at_exit(self) -> None:
-        # A renderer that is left to Python's shutdown prints tracebacks. OSMesa draws in a thread of
-        # concurrent.futures, which registers the end of its threads here when it is imported, above. The last
-        # function registered is called first. https://github.com/python/cpython/blob/3.13/Lib/threading.py
-        self._finalizer = weakref.finalize(self, self.physics.free)
-        getattr(threading, "_register_atexit", atexit.register)(self._finalizer)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_finalizer"}
-
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._free_at_exit()
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         """Starts an episode. A seed alone determines it; only LQR's springs come from the seed of `make`.
 
-        Returns observation and info, as `step` does. Raises dm_control's PhysicsError if the simulation diverged at
-        once, ten times, and RendererError if pixels are observed and nothing can render.
+        Returns observation and info, as `step` does. Raises dm_control's PhysicsError if the simulation diverges at
+        once, twice, and RendererError if pixels are observed and nothing can render.
         """
-        from dm_control.rl.control import PhysicsError
-
         super().reset(seed=seed)
         if seed is not None:
             self._env.task.random.seed(seed)
         # Quadruped escape asks for a renderer, to tell it the new terrain. One that starts later sees it anyway.
         self.physics._make_rendering_contexts = lambda: None  # hides the class's method
         try:
-            for attempts_left in reversed(range(10)):
-                try:
-                    time_step = self._env.reset()
-                    break
-                except PhysicsError:
-                    if not attempts_left:
-                        raise
+            time_step = self._env.reset()
+        except PhysicsError:
+            time_step = self._env.reset()
         finally:
             del self.physics._make_rendering_contexts
         self._last = self._observe(time_step)
@@ -197,8 +171,6 @@ class DMCWrapper(gym.Env):
         Raises ValueError if the action has another shape, is out of range or is not finite; RendererError if pixels are
         observed and nothing can render.
         """
-        from dm_control.rl.control import PhysicsError
-
         action = np.asarray(action, dtype=np.float64)
         if action.shape != self.action_space.shape or not (np.abs(action) <= 1).all():
             raise ValueError(f"actions are {self.action_space.shape} in [-1, 1], got {action}")
@@ -243,4 +215,4 @@ class DMCWrapper(gym.Env):
 
     def close(self) -> None:
         """Frees simulation and renderer."""
-        self._finalizer()
+        self.physics.free()

@@ -379,7 +379,7 @@ def test_triton_is_imported_before_anything_can_render(tmp_path):
 
 def test_import_chooses_a_renderer_before_dm_control():
     backend, imported = run_python(
-        "import sys, os, dmc2gym; print(os.environ['MUJOCO_GL'], 'dm_control' in sys.modules)"
+        "import sys, os, dmc2gym; print(os.environ['MUJOCO_GL'], 'dm_control._render' in sys.modules)"
     ).split()
     assert imported == "False"
     assert backend in ("egl", "osmesa", "disabled")
@@ -511,7 +511,7 @@ def test_a_simulation_that_diverges_ends_the_episode(make, from_pixels, frame_sk
         assert "physics_error" not in got[4]
 
 
-@pytest.mark.parametrize(("failures", "works"), [(1, True), (9, True), (10, False)])
+@pytest.mark.parametrize(("failures", "works"), [(1, True), (2, False)])
 def test_a_simulation_that_diverges_at_a_reset_is_reset_again(make, failures, works):
     from dm_control.rl.control import PhysicsError
 
