@@ -1,4 +1,4 @@
-"""Chooses, starts and names MuJoCo's renderer."""
+"""Chooses and starts MuJoCo's renderer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ _VARIABLES = (
     *("LIBGL_", "MESA_GL", "MESA_LOADER"),
 )
 _CHOSEN = "DMC2GYM_RENDERER"  # variables that are set here or in a parent process, and not by the user
-_SOFTWARE = ("llvmpipe", "softpipe", "swrast", "software")
 _INSTALL_HINT = "on Debian or Ubuntu: apt-get install libegl1 libgl1-mesa-dri libopengl0"
 
 
@@ -47,9 +46,8 @@ def render_on(device: str) -> None:
     kind, _, index = device.partition(":")
     if kind != "cuda" or os.environ.get("MUJOCO_GL") != "egl" or "MUJOCO_EGL_DEVICE_ID" in os.environ:
         return
-    number, visible = index or "0", os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    if visible != [""]:  # numbers, or names that EGL does not know
-        number = visible[int(number)] if int(number) < len(visible) else ""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # numbers, or names that EGL does not know
+    number = visible.split(",")[int(index or 0)] if visible else index
     if number.isdecimal() and number != "0" and _works("egl", MUJOCO_EGL_DEVICE_ID=number):  # 0 is EGL's own choice
         _choose("MUJOCO_EGL_DEVICE_ID", number)
 
@@ -81,10 +79,8 @@ def renderer_error(cause: Exception) -> RendererError:
 
 def start_renderer(physics: Any, height: int = 0, width: int = 0) -> None:
     """Starts the renderer of dm_control's physics, again if its buffer is too small. Raises RendererError."""
-    visual, displays = physics.model.vis.global_, ("DISPLAY", "WAYLAND_DISPLAY")
+    visual = physics.model.vis.global_
     try:
-        if os.environ.get("MUJOCO_GL") == "glfw" and sys.platform == "linux" and not any(map(os.getenv, displays)):
-            raise RuntimeError("GLFW needs a display, and there is none")  # GLFW itself prints many lines first
         if height > visual.offheight or width > visual.offwidth:
             visual.offheight, visual.offwidth = max(height, visual.offheight), max(width, visual.offwidth)
             if physics._contexts:
@@ -96,15 +92,3 @@ def start_renderer(physics: Any, height: int = 0, width: int = 0) -> None:
         # Its __del__ calls `_ptr`, which a context lacks whose __init__ has failed: that would print a traceback.
         MjrContext._ptr = lambda _: None
         raise renderer_error(error) from error
-
-
-def renderer_name(physics: Any) -> tuple[str, bool]:
-    """OpenGL's name of the renderer, and whether it is software on the CPU. Raises RendererError."""
-    start_renderer(physics)
-    from OpenGL import GL
-
-    with physics.contexts.gl.make_current() as context:
-        name = context.call(GL.glGetString, GL.GL_RENDERER)
-    name = name.decode() if name else "unknown"
-    software = any(word in name.lower() for word in _SOFTWARE)
-    return f"{name} through {os.environ.get('MUJOCO_GL', 'the default backend')}", software

@@ -6,6 +6,7 @@ import difflib
 import functools
 import logging
 import math
+import os
 import warnings
 from typing import Any
 
@@ -14,19 +15,14 @@ import numpy as np
 from dm_control.rl.control import PhysicsError
 from gym.wrappers import TimeLimit
 
-from dmc2gym.rendering import renderer_error, renderer_name, start_renderer
+from dmc2gym.rendering import renderer_error, start_renderer
 from errors import UserError
 
 _UNLIMITED = 1e10  # dm_control's limit of an actuator that has none (mjMAXVAL)
 
 
 def make(domain_name: str, task_name: str, seed: int = 1, *, episode_length: int = 1000, **options: Any) -> gym.Env:
-    """Makes a `DMCWrapper` that truncates episodes after so many environment steps, rounded up to whole decisions.
-
-    `options` are its other keywords, such as `from_pixels`. Raises ValueError if `episode_length` is less than 1.
-    """
-    if episode_length < 1:
-        raise ValueError(f"episode_length must be at least 1, got {episode_length}")
+    """Makes a `DMCWrapper`, whose keywords `options` are, with a limit of environment steps, in whole decisions."""
     env = DMCWrapper(domain_name, task_name, seed, **options)
     return TimeLimit(env, max_episode_steps=math.ceil(episode_length / env.frame_skip))
 
@@ -39,14 +35,21 @@ def task_names() -> list[tuple[str, str]]:
 def renderer_of(env: Any, drawn: bool = True) -> tuple[str, bool] | None:
     """What draws the pictures of an environment, if they are drawn, and whether that is software on the CPU.
 
-    `env` is any gym or Gymnasium environment, wrapped or not. If it is no `DMCWrapper`, the answer is None. Raises
-    RendererError if nothing can render.
+    None if `env`, of gym or Gymnasium and wrapped or not, is no `DMCWrapper`. Raises RendererError if nothing renders.
     """
     task = env.unwrapped
     task = getattr(task, "gym_env", task).unwrapped  # a gym environment that shimmy shows as one of Gymnasium
     if not isinstance(task, DMCWrapper):
         return None
-    return renderer_name(task.physics) if drawn else ("none", False)
+    if not drawn:
+        return "none", False
+    start_renderer(task.physics)
+    from OpenGL import GL  # only here: dm_control has chosen its platform
+
+    with task.physics.contexts.gl.make_current() as context:
+        name = (context.call(GL.glGetString, GL.GL_RENDERER) or b"unknown").decode()
+    software = any(word in name.lower() for word in ("llvmpipe", "softpipe", "swrast", "software"))
+    return f"{name} through {os.environ.get('MUJOCO_GL', 'the default backend')}", software
 
 
 @functools.cache
@@ -71,7 +74,8 @@ def _no_observation(_physics: Any) -> dict[str, np.ndarray]:
 class DMCWrapper(gym.Env):
     """A Control Suite task. Only the task's own time limit ends an episode; `make` adds one in environment steps.
 
-    A pickle holds the state of task and simulation, but no renderer; the copy starts its own when it draws.
+    Raises ValueError if there is no such task, or if `frame_skip` is less than 1; RendererError if the user chose a
+    renderer that does not load. A pickle holds no renderer; the copy starts its own when it draws.
 
     Args:
         domain_name, task_name: of the suite.
@@ -90,9 +94,6 @@ class DMCWrapper(gym.Env):
         physics: dm_control's simulation.
         state_space: the space of states, also if pixels are observed.
         current_state: the last state, (D,) float64; None before the first reset.
-
-    Raises ValueError if there is no such task, or if `frame_skip` is less than 1; RendererError if the user chose a
-    renderer that does not load.
     """
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012  # gym annotates it as an instance's
@@ -115,8 +116,7 @@ class DMCWrapper(gym.Env):
     ):
         if (domain_name, task_name) not in task_names():
             wanted, names = f"{domain_name} {task_name}", [" ".join(names) for names in task_names()]
-            in_domain = [name for name in names if name.startswith(f"{domain_name} ")]
-            close = ", ".join(in_domain or difflib.get_close_matches(wanted, names, cutoff=0.4)) or "none"
+            close = ", ".join(difflib.get_close_matches(wanted, names, n=5, cutoff=0.4)) or "none"
             raise UserError(f"the Control Suite has no task {wanted}; close ones: {close}")
         if frame_skip < 1:
             raise ValueError(f"frame_skip must be at least 1, got {frame_skip}")
@@ -163,13 +163,11 @@ class DMCWrapper(gym.Env):
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Repeats an action (A,), in [-1, 1], for `frame_skip` environment steps, or until the episode ends.
 
-        Returns:
-            The last observation, the sum of rewards, whether the task ended (its discount is 0), whether its time ran
-            out, and info: `internal_state` (the simulator's, float64) and `discount`. If the simulation diverges, the
-            episode ends with reward 0, discount 0, the previous observation, and the reason in info as `physics_error`.
+        Returns the last observation, the sum of rewards, whether the task ended (its discount is 0), whether its time
+        ran out, and info: `internal_state` (the simulator's, float64) and `discount`. If the simulation diverges, the
+        episode ends with reward 0, discount 0, the previous observation, and the reason in info as `physics_error`.
 
-        Raises ValueError if the action has another shape, is out of range or is not finite; RendererError if pixels are
-        observed and nothing can render.
+        Raises ValueError if the action has another shape, is out of range or is not finite; RendererError as `reset`.
         """
         action = np.asarray(action, dtype=np.float64)
         if action.shape != self.action_space.shape or not (np.abs(action) <= 1).all():

@@ -437,7 +437,6 @@ def test_states_work_and_pixels_name_the_variable_that_the_user_set(chosen):
         ("cuda", "3", {"3"}, "3"),
         ("cuda", "3", set(), None),  # a container hides the others
         ("cuda:1", "GPU-8a,GPU-9b", {"0", "1"}, None),
-        ("cuda:7", "2,5", {"7"}, None),
         ("cuda", None, {"0"}, None),
         ("cpu", "3", {"3"}, None),
     ],
