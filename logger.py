@@ -23,14 +23,13 @@ from errors import MachineError, UserError
 from files import writing
 from support.report import show
 
-# The console lines, which show fields of the log files, and their colours.
+# The console lines, which show fields of the log files.
 LINES = {
     "train": "E: {episode:.0f} | S: {step:.0f} | D: {duration:.1f} s | R: {episode_reward:.4f} | "
     "BR: {batch_reward:.4f} | ALOSS: {actor_loss:.4f} | CLOSS: {critic_loss:.4f} | RLOSS: {ae_loss:.4f}",
     "eval": "S: {step:.0f} | ER: {episode_reward:.4f}",
 }
 COLOURS = {"train": "yellow", "eval": "green"}
-State = dict[str, Any]
 Values = list[tuple[Any, int, int]]  # each the sum of how many values, and its step
 
 
@@ -45,13 +44,19 @@ class Logger:
             If lines before it are missing, UserError is raised, and nothing is cut.
     """
 
-    def __init__(self, log_dir: str | Path, use_tb: bool = True, config: str = "rl", state: State | None = None):
+    def __init__(self, log_dir: str | Path, use_tb: bool = True, config: str = "rl", state: dict | None = None):
         self._paths = {section: Path(log_dir) / f"{section}.log" for section in LINES}
         self._tb, self._writer = Path(log_dir) / "tb", None
         self._values: dict[str, Values] = defaultdict(list)  # pending values, by key
         if state is not None:
             self._values |= state["meters"]
-            self._cut_files(state["sizes"])
+            sizes = {path: state["sizes"].get(path.name, 0) for path in self._paths.values()}
+            for path, size in sizes.items():
+                if (path.stat().st_size if path.exists() else 0) < size:
+                    raise UserError(f"{path} is missing or shorter than at the checkpoint: lines were lost")
+            for path in filter(Path.exists, sizes):
+                with writing(path):
+                    os.truncate(path, sizes[path])
         if use_tb:
             from torch.utils.tensorboard import SummaryWriter  # only here: it takes seconds to import
 
@@ -60,14 +65,6 @@ class Logger:
             # What ends TensorBoard's thread is raised at the next call, and need not be printed, too.
             hook = threading.excepthook
             threading.excepthook = lambda args: None if "AsyncWriter" in type(args.thread).__name__ else hook(args)
-
-    def _cut_files(self, sizes: dict[str, int]) -> None:
-        for path in self._paths.values():
-            if (path.stat().st_size if path.exists() else 0) < sizes[path.name]:
-                raise UserError(f"{path} is missing or shorter than at the checkpoint: lines were lost")
-        for path in filter(Path.exists, self._paths.values()):
-            with writing(path):
-                os.truncate(path, sizes[path.name])
 
     def log(self, key: str, value: float | Tensor, step: int, n: int = 1) -> None:
         """Collects a number or a scalar tensor, the sum of `n` values. Waits for no GPU. Refuses keys of no section."""
@@ -100,15 +97,14 @@ class Logger:
         for key, values in self._values.items():
             _mean(key, values)
 
-    def state(self, step: int) -> State:
+    def state(self, step: int) -> dict[str, Any]:
         """Pending values, and the log files' sizes in bytes. Syncs the files to disk."""
         meters = {key: [(float(value), n, at) for value, n, at in values] for key, values in self._values.items()}
-        sizes = {path.name: 0 for path in self._paths.values()}
-        for path in filter(Path.exists, self._paths.values()):
+        present = [path for path in self._paths.values() if path.exists()]
+        for path in present:
             with writing(path), path.open("rb") as file:
                 os.fsync(file.fileno())
-            sizes[path.name] = path.stat().st_size
-        return {"step": step, "meters": meters, "sizes": sizes}
+        return {"step": step, "meters": meters, "sizes": {path.name: path.stat().st_size for path in present}}
 
     def log_param(self, key: str, param: nn.Module, step: int) -> None:
         """Histograms of a layer's weight and bias, and of their gradients where there are any."""
@@ -149,14 +145,14 @@ class Logger:
 
 def _mean(key: str, values: Values) -> float:
     """The mean. Raises MachineError if `key` is a loss and a value is NaN or infinite; it names the step."""
-    sums = [value for value, _, _ in values]
+    sums, counts, steps = map(list, zip(*values, strict=True))
     if all(isinstance(value, Tensor) for value in sums):
         sums = torch.stack(sums).tolist()  # waits for the GPU once, not for each
     numbers = np.array([float(value) for value in sums])
     bad = np.flatnonzero(~np.isfinite(numbers))
     if key.endswith("loss") and len(bad):
-        raise MachineError(f"{key} became {numbers[bad[0]]} at step {values[bad[0]][2]}: the run has diverged")
-    return float(numbers.sum() / sum(n for _, n, _ in values))
+        raise MachineError(f"{key} became {numbers[bad[0]]} at step {steps[bad[0]]}: the run has diverged")
+    return float(numbers.sum() / sum(counts))
 
 
 def _field(key: str) -> str:
