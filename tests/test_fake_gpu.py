@@ -240,8 +240,12 @@ def test_the_bench_of_updates(gpu, monkeypatch, capsys):
     monkeypatch.setattr(bench, "flags", lambda kind, *more: flags(kind, "--device", "cuda", *more))
     monkeypatch.setattr(bench, "check_compiler", no_compiler)
     monkeypatch.setattr(bench, "floor", lambda *_: {})
-    trials = {f"this, {precision}, {trial}" for precision in ("tf32", "bf16") for trial in bench.TRIALS}
-    results = bench.bench_update("pixel", rounds=1)
+    results = bench.bench_update("pixel", SimpleNamespace(rounds=1))
+    trials = {
+        f"this, {precision}, {trial}"
+        for precision in ("tf32", "bf16")
+        for trial in ("channels-last", "cudnn.benchmark")
+    }
     assert results.keys() >= {"this", "this, bf16", "this, tf32", "this, without CUDA graphs", "plain", *trials}
     assert "Not measured: there is nothing to compile for" in capsys.readouterr().out
 
@@ -254,4 +258,7 @@ def test_warming_up_takes_none_of_a_table_s_time(monkeypatch):
         clock[0] += 100 if clock[0] < 100 * bench.WARMUP else 1
 
     monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    assert bench.interleaved({"call": call}, rounds=100) == {"call": [1] * int(bench.MOST_SECONDS)}
+    monkeypatch.setattr(bench, "WARMUP", 5)
+    results = bench.compare("", {"call": call}, rounds=100)
+    assert results["call"]["low_us"] == results["call"]["high_us"] == 1e6
+    assert clock[0] == 500 + bench.MOST_SECONDS
