@@ -29,7 +29,7 @@ from support import checks, report
 from support.checkpoint import Checkpoint
 from support.evaluation import MAX_ENVS, SideBySide, play
 from support.flags import OneLineParser, number, user_path
-from support.machine import check_bf16, check_device, check_ffmpeg, cores
+from support.machine import check_device, check_ffmpeg, cores
 from support.signals import Stop, Stopped
 from support.work_dir import check_folder
 from video import write_video
@@ -63,51 +63,41 @@ def find_models(work_dir: Path, step: int | None) -> tuple[Path, int]:
     """
     if not work_dir.is_dir():
         raise UserError(f"{work_dir} is not a folder: name a run's folder, or a folder of models")
-    for folder in (work_dir / "model", work_dir):
+    checkpoint = Checkpoint(work_dir / "checkpoint")
+    for folder in (work_dir / "model", work_dir, checkpoint.folder):
         steps = {int(match[1]) for path in folder.glob("*") if (match := MODEL_FILE.fullmatch(path.name))}
+        if folder == checkpoint.folder and checkpoint.exists():
+            steps = {checkpoint.read()["progress"]["step"]}
         if steps and step is not None and step not in steps:
             close = sorted(sorted(steps, key=lambda held: abs(held - step))[:3])
             raise UserError(f"{folder} holds no models of step {step}; close ones: {', '.join(map(str, close))}")
         if steps:
             return folder, max(steps) if step is None else step
-    checkpoint = Checkpoint(work_dir / "checkpoint")
-    if not checkpoint.exists():
-        raise UserError(f"{work_dir} holds no models (actor_STEP.pt, ...): train.py writes them with --save_model")
-    held = checkpoint.read()["progress"]["step"]
-    if step not in (None, held):
-        raise UserError(f"{work_dir} holds no models of step {step}, only a checkpoint of step {held}")
-    return checkpoint.folder, held
+    raise UserError(f"{work_dir} holds no models (actor_STEP.pt, ...): train.py writes them with --save_model")
 
 
-def training_flags(work_dir: Path, words: list[str]) -> tuple[argparse.Namespace, bool]:
-    """The flags that the models were trained with, and whether an args.json in the run's folder says so.
+def training_flags(work_dir: Path, words: list[str]) -> argparse.Namespace:
+    """The flags that the models were trained with: those of the run's args.json, if there is one, and `words`.
 
-    Raises:
-        UserError: args.json is not from train.py, or contradicts `words`, the flags of the command line.
+    Raises UserError if args.json is not from train.py.
     """
-    parser = train.make_parser()
-    flags, given = parser.parse_args(words), parser.given(words)
-    path = work_dir / "args.json"
-    if not path.exists() and work_dir.absolute().name == "model":
-        path = work_dir.absolute().parent / "args.json"
+    parser, path = train.make_parser(), work_dir.absolute() / "args.json"
+    flags = parser.parse_args(words)
+    if not path.exists() and path.parent.name == "model":
+        path = path.parent.parent / "args.json"
     if not path.exists():
-        return flags, False
+        return flags
 
     def fail(message: str) -> NoReturn:
         raise UserError(f"{path} is damaged: {message}")
 
-    held, parser.error = read_json(path), fail  # type: ignore[method-assign]
-    if not isinstance(held, dict):
+    content, parser.error = read_json(path), fail  # type: ignore[method-assign]
+    if not isinstance(content, dict):
         fail("it holds no flags")
-    fixed = {name: value for name, value in held.items() if parser.resume.get(name) == "fixed" and value is not None}
-    words = [f"--{name}={value}" for name, value in fixed.items() if not isinstance(value, bool)]
-    words += [f"--{name}" if value else f"--no-{name}" for name, value in fixed.items() if isinstance(value, bool)]
-    flags = parser.parse_args(words)
-    for name, value in given.items():
-        if name in fixed and value != getattr(flags, name):
-            raise UserError(f"{path} says --{name} {getattr(flags, name)}, not {value}: leave that out")
-    vars(flags).update(given)
-    return flags, True
+    fixed = {name: value for name, value in content.items() if parser.resume.get(name) == "fixed" and value is not None}
+    held = [f"--{name}={value}" for name, value in fixed.items() if not isinstance(value, bool)]
+    held += [f"--{name}" if value else f"--no-{name}" for name, value in fixed.items() if isinstance(value, bool)]
+    return parser.parse_args([*held, *words])
 
 
 def check_video(path: Path) -> None:
@@ -123,20 +113,15 @@ def check_video(path: Path) -> None:
 class Evaluation:
     """Saved models and the environments that they play in, from this program's flags and words for train.py's parser.
 
-    Raises:
-        UserError, MachineError: what is asked for cannot be had; nothing has been written.
+    Raises UserError or MachineError if what is asked for cannot be had; nothing has been written.
     """
 
     def __init__(self, args: argparse.Namespace, words: list[str]):
         if not args.work_dir:
             raise UserError("work_dir is empty: name a folder")
         self.folder, self.step = find_models(Path(args.work_dir), args.step)
-        self.flags, known = training_flags(Path(args.work_dir), words)
-        flags, self.stop = self.flags, Stop()
+        self.flags = flags = training_flags(Path(args.work_dir), words)
         check_device(args.device)
-        if args.precision == "bf16":  # that of the run was good where it was trained
-            filters = flags.num_filters if flags.encoder_type == "pixel" else 0
-            check_bf16(torch.device(args.device), filters, flags.hidden_dim)
         self.video = None if args.video is None else Path(args.video)
         if self.video is not None:
             check_video(self.video)
@@ -152,10 +137,9 @@ class Evaluation:
             else:
                 self.agent.load(self.folder, self.step)
         except UserError as error:
-            hint = "" if known else "; without args.json give the flags that it was trained with"
-            raise UserError(f"{error}{hint}") from error
+            raise UserError(f"{error}; without an args.json give the flags that it was trained with") from error
         self.seeds = [episode_seed(args.seed, episode) for episode in range(args.episodes)]
-        self.envs = SideBySide(make_env, min(args.episodes, MAX_ENVS), args.eval_workers)
+        self.envs, self.stop = SideBySide(make_env, min(args.episodes, MAX_ENVS), args.eval_workers), Stop()
         self.seen: list[tuple[np.ndarray, np.ndarray]] = []  # scene and observation
 
     def play(self) -> np.ndarray:
