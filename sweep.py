@@ -55,7 +55,7 @@ def make_parser() -> OneLineParser:
     add("dry_run", bool, False, "only print the runs and their memory")
     add = parser.section("where to run it")
     add("address", str, "local", "of a Ray cluster, or auto for the one this machine is in")
-    add("gpus_per_run", Weight, 0.0, "GPUs that a run asks for; with a fraction, runs share a GPU")
+    add("gpus_per_run", Weight, 0.0, "GPUs that a run asks for; a fraction shares a GPU; 0: a node's first GPU")
     add("cpus_per_run", number(float, 0.0001), 1.0, "cores that a run asks for")
     add("memory_per_run", Rate | None, None, "GB that a run asks for; None: an estimate")
     parser.add_argument("flags", nargs="*", help=argparse.SUPPRESS)
@@ -66,9 +66,8 @@ class Run:
     """A run: the flags of train.py, the `args` that they come to, and the bytes of memory that it asks for."""
 
     def __init__(self, flags: list[str], args: argparse.Namespace, memory: int):
-        self.flags, self.args, self.memory = flags, args, memory
-        self.work_dir = WorkDir(Path(args.work_dir))
-        self.name, self.failure, self.old_lines = self.work_dir.path.name, "", 0
+        self.flags, self.args, self.memory, self.work_dir = flags, args, memory, WorkDir(Path(args.work_dir))
+        self.name, self.outcome, self.old_lines = self.work_dir.path.name, "", 0
         self.old_lines = len(self.printed())
         self.state = "done" if self.ended() else "waits"  # or "runs" or "failed"
 
@@ -86,11 +85,9 @@ class Run:
             reason = f"status {ray.get(task)}"  # 0 without an end: this machine does not see the node's work_dir
         except ray.exceptions.RayError as error:
             reason = str(getattr(error, "cause", type(error).__name__))
-        if self.ended():
-            self.state = "done"
-            return f"{self.name} has ended: last return {self.last('eval.log').get('episode_reward', 0):.1f}"
-        self.state, self.failure = "failed", f"{self.name} failed with {reason}"
-        return self.failure
+        self.state = "done" if self.ended() else "failed"
+        self.outcome = f"{self.name} {'has ended' if self.state == 'done' else f'failed with {reason}'}"
+        return self.outcome
 
     def printed(self) -> list[str]:
         """The lines that the run has printed in this sweep."""
@@ -107,12 +104,11 @@ class Run:
 
 def make_runs(args: argparse.Namespace) -> list[Run]:
     """The runs of the sweep. Raises UserError if there is no such task or method, or if train.py refuses the flags."""
-    by_name = {f"{domain}_{task}": (domain, task) for domain, task in dmc2gym.task_names()}
-    published = {f"{domain}_{task}": repeat for (domain, task), repeat in report.PUBLISHED_REPEATS.items()}
+    by_name = {"_".join(task): task for task in dmc2gym.task_names()}
+    published = {"_".join(task): repeat for task, repeat in report.PUBLISHED_REPEATS.items()}
     tasks = list(published if args.tasks == "published" else dict.fromkeys(args.tasks.split(",")))
     methods = list(dict.fromkeys(args.methods.split(",")))
-    unknown = [name for name in tasks if name not in by_name] + [name for name in methods if name not in METHODS]
-    if unknown:
+    if unknown := [name for name in tasks if name not in by_name] + [name for name in methods if name not in METHODS]:
         raise UserError(f"there is no task or method {', '.join(unknown)}; a task is cartpole_swingup, for one")
     runs, parser = [], train.make_parser()
     given = parser.given(args.flags)
@@ -133,22 +129,24 @@ def make_runs(args: argparse.Namespace) -> list[Run]:
         in_force = parser.parse_args(flags)
         with suppress(UserError, OSError):  # if the checkpoint cannot be read, train.py will say so
             in_force = checks.parse(parser, flags)
-        if in_force.encoder_type == "pixel":
-            conv_output_shape(in_force.image_size, in_force.image_size, in_force.num_layers)
-        if in_force.replay_buffer_capacity < in_force.batch_size:
-            raise UserError(f"replay_buffer_capacity must be at least batch_size, {in_force.batch_size}")
-        runs.append(Run(flags, in_force, int((args.memory_per_run or 0) * 1e9) or memory(in_force)))
+        estimate = memory(in_force)
+        runs.append(Run(flags, in_force, int(args.memory_per_run * 1e9) if args.memory_per_run else estimate))
     return runs
 
 
 def memory(args: argparse.Namespace) -> int:
-    """Estimates a run's host memory in bytes: the replay, and 2 GB (on states 1 GB) for the rest."""
-    pixels = args.encoder_type == "pixel"
-    # The shape of states is not known before the task is made.
-    obs_shape = (3 * args.frame_stack, args.image_size, args.image_size) if pixels else (100,)
-    on_gpu = pixels and args.replay_device == "cuda"
-    capacity = 0 if on_gpu else min(args.replay_buffer_capacity, args.num_train_steps)
-    return replay_bytes(obs_shape, (6,), capacity) + int(2e9 if pixels else 1e9)
+    """Estimates a run's host memory in bytes: the replay, and 2 GB (on states 1 GB) for the rest.
+
+    Raises UserError if train.py would refuse these sizes.
+    """
+    if args.replay_buffer_capacity < args.batch_size:
+        raise UserError(f"replay_buffer_capacity must be at least batch_size, {args.batch_size}")
+    capacity = min(args.replay_buffer_capacity, args.num_train_steps)
+    if args.encoder_type == "identity":
+        return replay_bytes((100,), (6,), capacity) + 10**9  # the shape of states is not known before the task is made
+    conv_output_shape(args.image_size, args.image_size, args.num_layers)
+    obs_shape = (3 * args.frame_stack, args.image_size, args.image_size)
+    return replay_bytes(obs_shape, (6,), 0 if args.replay_device == "cuda" else capacity) + 2 * 10**9
 
 
 @ray.remote(max_retries=10, retry_exceptions=True)  # of errors and of lost nodes
@@ -175,8 +173,8 @@ def run_train(flags: list[str], work_dir: Path) -> int:
     return status
 
 
-def start_ray(args: argparse.Namespace, largest: Run, parser: OneLineParser) -> None:
-    """Starts Ray, or joins a cluster. A run that is too large for every node is an error."""
+def start_ray(args: argparse.Namespace, largest: Run) -> None:
+    """Starts Ray, or joins a cluster. Raises UserError if that fails, or if a run is too large for every node."""
     options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
     if args.address == "local":
         options["object_store_memory"] = 100_000_000  # it stays empty, and would take a third of the memory
@@ -184,22 +182,18 @@ def start_ray(args: argparse.Namespace, largest: Run, parser: OneLineParser) -> 
         with held_signals(HANGUP):  # when the terminal closes, Ray must not end before the runs
             ray.init(args.address, **options)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        parser.error(f"there is no Ray cluster at {args.address}: {error}")
+        raise UserError(f"there is no Ray cluster at {args.address}: {error}") from error
     asked = {"CPU": args.cpus_per_run, "GPU": args.gpus_per_run, "memory": largest.memory}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(all(node.get(name, 0) >= amount for name, amount in asked.items()) for node in nodes):
         shares = f"{args.cpus_per_run:g} cores, {args.gpus_per_run:g} GPUs and {largest.memory / 1e9:.1f} GB of memory"
-        parser.error(f"no node has the {shares} that {largest.name} asks for: ask for less")
-    if not args.gpus_per_run and ray.cluster_resources().get("GPU"):
-        print("note: without --gpus_per_run all runs are on a node's first GPU", file=sys.stderr)
+        raise UserError(f"no node has the {shares} that {largest.name} asks for: ask for less")
 
 
 def table(runs: list[Run]) -> Group:
     """How far each run is. Those that are running come first: a terminal shows as many rows as it has room for."""
     count = [run.state for run in runs].count
     title = f"{count('done')} of {len(runs)} runs have ended, {count('runs')} are running, {count('failed')} failed"
-    if speed := sum(run.last("train.log").get("decisions_per_second", 0) for run in runs if run.state == "runs"):
-        title += f"; {speed:.1f} decisions a second"
     columns = [Column(name, justify="right", no_wrap=True) for name in ("decisions", "a second", "last return", "left")]
     rows = Table(Column("run", overflow="fold"), *columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for run in sorted(runs, key=lambda run: run.state != "runs"):
@@ -244,19 +238,21 @@ def carry_out(runs: list[Run], args: argparse.Namespace, console: Console) -> in
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    parser, stopped_by = make_parser(), None
+    parser, console, stopped_by = make_parser(), Console(markup=False, highlight=False), None
     args = parser.parse_args(argv)
     with report.one_line(parser.error):
         runs = make_runs(args)
-    if args.dry_run:
-        with report.one_line(parser.fail):
-            for run in runs:
-                report.show(f"{run.name}: about {run.memory / 1e9:.1f} GB, python train.py {shlex.join(run.flags)}")
-        return 0
-    console, waiting = Console(markup=False, highlight=False), [run for run in runs if run.state == "waits"]
+    waiting = [run for run in runs if run.state == "waits"]
     try:
+        if args.dry_run:
+            for run in runs:
+                print(
+                    f"{run.name}: about {run.memory / 1e9:.1f} GB, python train.py {shlex.join(run.flags)}", flush=True
+                )
+            return 0
         if waiting:
-            start_ray(args, max(waiting, key=lambda run: run.memory), parser)
+            with report.one_line(parser.error):
+                start_ray(args, max(waiting, key=lambda run: run.memory))
             stopped_by = carry_out(runs, args, console)
         console.print(table(runs))
     except OSError as error:  # stdout is full or gone
@@ -267,12 +263,10 @@ def main(argv: list[str] | None = None) -> int:
         ray.shutdown()
     failed = [run for run in runs if run.state == "failed"]
     for run in failed:
-        print(run.failure, *run.printed()[-5:], sep="\n    ", file=sys.stderr)
+        print(run.outcome, *run.printed()[-5:], sep="\n    ", file=sys.stderr)
     if stopped_by is not None:
-        print(
-            f"{parser.prog}: stopped by {signal.Signals(stopped_by).name}: the same command continues it",
-            file=sys.stderr,
-        )
+        name = signal.Signals(stopped_by).name
+        print(f"{parser.prog}: stopped by {name}: the same command continues it", file=sys.stderr)
         return 128 + stopped_by
     return 1 if failed else 0
 
