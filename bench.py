@@ -128,17 +128,10 @@ def bench_replay(kind: str, args: argparse.Namespace) -> Results:
 
 def bench_update(kind: str, args: argparse.Namespace) -> Results:
     """Two updates, one of them with the actor; each takes a batch from the replay."""
-    variants: dict[str, list[str]] = {"this": []}
-    not_measured = partial(report.one_line, lambda reason: report.show(f"\nNot measured: {reason}"))
-    with not_measured():
-        check_bf16(DEVICE, filters=32 if kind == "pixel" else 0, hidden_dim=1024)
-        variants["this, bf16"] = ["--precision=bf16"]
+    variants: dict[str, list[str]] = {"this": [], "this, bf16": ["--precision=bf16"]}
     if ON_GPU:
-        with not_measured():
-            check_compiler(str(DEVICE))
-            variants["this, compiled"] = ["--compile"]
         variants |= {"this, fp32": ["--precision=fp32"], "this, tf32": ["--precision=tf32"]}
-        variants["this, without CUDA graphs"] = ["--cuda_graph=off"]
+        variants |= {"this, without CUDA graphs": ["--cuda_graph=off"], "this, compiled": ["--compile"]}
     if ON_GPU and kind == "pixel":  # sources disagree on what these do
         for precision, trial in itertools.product(("tf32", "bf16"), ("channels-last", "cudnn.benchmark")):
             variants[f"this, {precision}, {trial}"] = [f"--precision={precision}"]
@@ -152,11 +145,16 @@ def bench_update(kind: str, args: argparse.Namespace) -> Results:
 
     calls: Calls = {}
     for name, more in variants.items():
-        agent, plain = make_agents(kind, *more)
-        if "channels-last" in name:  # the layout in which a GPU's tensor cores take pixels and kernels
-            agent.layout = torch.channels_last
-            torch.nn.ModuleDict(agent.networks).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        calls[name] = partial(two_updates, agent, "cudnn.benchmark" in name)
+        with report.one_line(lambda reason: report.show(f"\nNot measured: {reason}")):
+            if "bf16" in name:
+                check_bf16(DEVICE, filters=32 if kind == "pixel" else 0, hidden_dim=1024)
+            if "compiled" in name:
+                check_compiler(str(DEVICE))
+            agent, plain = make_agents(kind, *more)
+            if "channels-last" in name:  # the layout in which a GPU's tensor cores take pixels and kernels
+                agent.layout = torch.channels_last
+                torch.nn.ModuleDict(agent.networks).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            calls[name] = partial(two_updates, agent, "cudnn.benchmark" in name)
     calls["plain"] = lambda: [plain.update(plain_replay.sample(), step) for step in range(2)]
     results = compare(f"Update, {kind}: mean of one with the actor and one without", calls, args.rounds, parts=2)
     with FlopCounterMode(display=False) as counter:
@@ -191,8 +189,8 @@ def bench_train(kind: str, args: argparse.Namespace) -> Results:
         more = "--init_steps=1", "--num_eval_episodes=1", "--replay_buffer_capacity=10000", f"--work_dir={folder}/run"
         run: Any = train.open_run(flags(kind, *more), train.make_parser(), resources)
         env = resources.enter_context(contextlib.closing(train.make_env(run.args, seed=1)))
-        replay = PlainReplay(OBS_SHAPES[kind], ACTION_SHAPE, 10_000, BATCH_SIZE, DEVICE)
-        plain, now, begin_episode = make_agents(kind)[1].train(env, replay), run.progress, run.begin_episode
+        plain = make_agents(kind)[1].train(env, make_replay(kind, PlainReplay))
+        now, begin_episode = run.progress, run.begin_episode
         now.next_evaluation = sys.maxsize
         run.begin_episode = lambda: run.obs if now.actions else begin_episode()  # a call continues the episode
 
