@@ -42,7 +42,7 @@ def make_parser() -> OneLineParser:
     """The command line. Flags of train.py may follow."""
     parser = OneLineParser(
         description="Plays episodes with saved models, acting by the policy's mean, and prints their returns.",
-        epilog="Without an args.json beside the models, add the flags of train.py that they were trained with.",
+        epilog="Flags of train.py override those in the run's args.json. Without that file, add the run's flags.",
     )
     parser.add_argument("work_dir", type=user_path, help="a run's folder, or a folder of models")
     add = parser.section("what to play")
