@@ -14,7 +14,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from plain import PlainAgent, PlainEnv, PlainReplay
 
 Results = dict[str, Any]
 Calls = dict[str, Callable[[], Any]]
-OBS_SHAPES = {"pixel": (9, 84, 84), "state": (17,)}
+OBS: dict[str, np.ndarray] = {"pixel": np.zeros((9, 84, 84), np.uint8), "state": np.zeros(17)}
 ACTION_SHAPE, BATCH_SIZE = (6,), 128
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -77,21 +77,15 @@ def compare(title: str, calls: Calls, rounds: int, parts: int = 1) -> Results:
     return results
 
 
-def transitions(kind: str) -> Iterator[tuple[Any, ...]]:
-    """Transitions of an endless episode of random frames, stacked in threes, or of random states."""
+def make_replay(kind: str, make: Callable[..., Any] = ReplayBuffer, capacity: int = 2000, **more: Any) -> Any:
+    """A replay that is full of one episode of random frames, stacked in threes, or of random states."""
+    replay = make(OBS[kind].shape, ACTION_SHAPE, capacity, BATCH_SIZE, DEVICE, **more)
     random, pixels = np.random.default_rng(0), kind == "pixel"
     draw = partial(random.integers, 0, 256, (3, 84, 84), np.uint8) if pixels else partial(random.standard_normal, 17)
     frames = [draw() for _ in range(3 if pixels else 1)]
-    while True:
+    for _ in range(capacity):
         obs, frames = np.concatenate(frames), [*frames[1:], draw()]
-        yield obs, random.uniform(-1, 1, ACTION_SHAPE), 0.5, np.concatenate(frames), False
-
-
-def make_replay(kind: str, make: Callable[..., Any] = ReplayBuffer, capacity: int = 2000, **more: Any) -> Any:
-    """A full replay."""
-    replay = make(OBS_SHAPES[kind], ACTION_SHAPE, capacity, BATCH_SIZE, DEVICE, **more)
-    for transition in itertools.islice(transitions(kind), capacity):
-        replay.add(*transition)
+        replay.add(obs, random.uniform(-1, 1, ACTION_SHAPE), 0.5, np.concatenate(frames), False)
     return replay
 
 
@@ -104,7 +98,7 @@ def flags(kind: str, *more: str) -> argparse.Namespace:
 def make_agents(kind: str, *more: str) -> tuple[SacAeAgent, PlainAgent]:
     """The agent of these flags and the plain one, whose parameters are the same at each call."""
     set_seed_everywhere(1)
-    agent = train.make_agent(flags(kind, *more), OBS_SHAPES[kind], ACTION_SHAPE)
+    agent = train.make_agent(flags(kind, *more), OBS[kind].shape, ACTION_SHAPE)
     return agent, PlainAgent(*(net and net.state_dict() for net in (agent.actor, agent.critic, agent.decoder)))
 
 
@@ -116,9 +110,9 @@ def bench_replay(kind: str, args: argparse.Namespace) -> Results:
     replays["plain: both stacks of every transition, host memory"] = make_replay(kind, PlainReplay, args.capacity)
     for name, replay in replays.items():
         report.show(f"{name}: {replay.nbytes:,} bytes for {args.capacity:,} transitions")
-    obs, action, *_ = next(transitions(kind))
-    still = np.zeros_like(obs)  # continues itself, so that one frame is new
-    adds: Calls = {name: partial(replay.add, still, action, 0.5, still, False) for name, replay in replays.items()}
+    # The observation continues itself, so that one frame of a transition is new.
+    still = OBS[kind], np.zeros(ACTION_SHAPE), 0.5, OBS[kind], False
+    adds: Calls = {name: partial(replay.add, *still) for name, replay in replays.items()}
     samples: Calls = {name: replay.sample for name, replay in replays.items()}
     return {
         "add": compare(f"Replay, {kind}: one `add`", adds, args.rounds),
@@ -178,8 +172,8 @@ def floor(flops: float, measured_us: float) -> Results:
 
 def bench_act(kind: str, args: argparse.Namespace) -> Results:
     """An action for one observation, from host memory and back."""
-    (agent, plain), (obs, *_) = make_agents(kind), next(transitions(kind))
-    calls: Calls = {"this": lambda: agent.sample_action(obs), "plain": lambda: plain.act(obs[None])}
+    agent, plain = make_agents(kind)
+    calls: Calls = {"this": lambda: agent.sample_action(OBS[kind]), "plain": lambda: plain.act(OBS[kind][None])}
     return compare(f"Acting, {kind}", calls, args.rounds)
 
 
@@ -238,16 +232,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(description=__doc__)
     add = parser.add_argument
     add("command", choices=[*benches, "all", "count"], help="what to measure; count: what updates take at least")
-    add("--kind", choices=list(OBS_SHAPES), help="observations; None: both")
+    add("--kind", choices=list(OBS), help="observations; None: both")
     add("--rounds", type=number(int, 1), default=1000 if ON_GPU else 100, help="of a table; it ends after 40 seconds")
     add("--capacity", type=number(int, 1), default=10_000, help="transitions of the replay")
     add("--gpu", type=roofline.gpu, default="h100", help="of count: h100, a100, 4090, or its peaks TB/s,FP32,TF32,BF16")
     add("--out", type=user_path, help="file for the numbers as JSON")
     args = parser.parse_args(argv)
-    kinds = [args.kind] if args.kind else list(OBS_SHAPES)
+    kinds = [args.kind] if args.kind else list(OBS)
     with report.one_line(parser.fail):
         if args.command == "count":
-            roofline.show(args.gpu, {kind: OBS_SHAPES[kind] for kind in kinds}, ACTION_SHAPE, BATCH_SIZE)
+            roofline.show(args.gpu, {kind: OBS[kind].shape for kind in kinds}, ACTION_SHAPE, BATCH_SIZE)
             return
         processor = {"instructions": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
         results: Results = {"machine": report.provenance(DEVICE) | processor}
