@@ -15,7 +15,7 @@ from torch.optim import Adam, Optimizer
 
 from devices import send
 from errors import UserError
-from files import check_alike, read_state, write_tensors, writing
+from files import check_alike, read_state, write_tensors
 from precision import layers_in
 from settings import Settings
 
@@ -136,7 +136,7 @@ class Agent:
         mine = self.state_dict()
         try:
             for part in ("networks", "parameters"):
-                check_alike(state[part], mine[part], part)
+                check_alike(state[part], mine[part])
             if state["optimizers"].keys() != mine["optimizers"].keys():
                 raise ValueError("it has other optimisers")
         except ValueError as error:
@@ -156,11 +156,8 @@ class Agent:
 
     def save(self, model_dir: str | Path, step: int) -> None:
         """Writes `NAME_STEP.pt` for each network and, as `target`, the target critic with log alpha."""
-        folder = Path(model_dir)
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
         for name, state in self.saved_states().items():
-            write_tensors(folder / f"{name}_{step}.pt", state)
+            write_tensors(Path(model_dir) / f"{name}_{step}.pt", state)
 
     @torch.no_grad()
     def load(self, model_dir: str | Path, step: int) -> None:

@@ -26,12 +26,11 @@ from errors import MachineError, UserError
 from files import read_json
 from settings import Count, Precision
 from support import checks, report
-from support.checkpoint import Checkpoint
 from support.evaluation import MAX_ENVS, SideBySide, play
 from support.flags import OneLineParser, number, user_path
 from support.machine import check_device, check_ffmpeg, cores
 from support.signals import Stop, Stopped
-from support.work_dir import check_folder
+from support.work_dir import Checkpoint, check_folder
 from video import write_video
 
 MODEL_FILE = re.compile(r"(?:actor|critic|decoder|target)_([0-9]+)\.pt")

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and that show if they are not what was written or what is expected."""
+"""Files that appear whole or not at all, that show damage, and of which a list says whose they are."""
 
 from __future__ import annotations
 
@@ -6,26 +6,17 @@ import errno
 import io
 import json
 import os
-import uuid
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from errors import MachineError, UserError
-
-
-class Written(NamedTuple):
-    """A file's name, length in bytes and checksum."""
-
-    name: str
-    size: int
-    crc32: int
 
 
 @contextmanager
@@ -51,28 +42,33 @@ def reading(path: Path, refusal: str = "is damaged or does not belong here: {}")
         raise UserError(f"{path} {refusal.format(reason)}") from error
 
 
-def write_atomically(path: Path, content: bytes | memoryview, owner: str | None = None) -> None:
-    """Replaces a file once the new content is on the disk. Raises MachineError, with its name, if the system refuses.
+def unfinished(path: Path) -> Path:
+    """Where a file's new content is written, under a name that nobody else gives."""
+    return path.with_name(f".{path.name}.sac_ae_tmp")
 
-    The temporary file is `.OWNER.tmp`: the next write of this owner in the folder replaces what a killed one left.
-    Without an owner it has a new name each time.
+
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Replaces a file, in a folder that is made if need be, once the new content is on the disk.
+
+    Raises MachineError, with the file's name, if the system refuses. What a killed write leaves, the next one replaces.
     """
-    temporary = path.with_name(f".{owner or uuid.uuid4().hex}.tmp")
     with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = unfinished(path)
         try:
             with temporary.open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-            sync_folder(path.parent)
+            _sync_folder(path.parent)
         except OSError:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
 
 
-def sync_folder(folder: Path) -> None:
+def _sync_folder(folder: Path) -> None:
     """Brings a folder's list of files to the disk, where the system can."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -84,26 +80,23 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_tensors(path: Path, content: Any, owner: str | None = None) -> Written:
-    """Writes tensors in dictionaries and lists; arguments and errors as `write_atomically`."""
+def write_tensors(path: Path, content: Any) -> int:
+    """Writes tensors in dictionaries and lists, atomically. Returns the file's checksum."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     with buffer.getbuffer() as view:
-        write_atomically(path, view, owner)
-        return Written(path.name, len(view), zlib.crc32(view))
+        write_atomically(path, view)
+        return zlib.crc32(view)
 
 
-def read_tensors(folder: Path, written: Written, device: torch.device | str = "cpu") -> Any:
+def read_tensors(path: Path, crc32: int, device: torch.device | str = "cpu") -> Any:
     """Reads what `write_tensors` wrote, onto the device. Executes nothing that the file contains.
 
-    Raises UserError if the file is missing, or is not what was written; the message names it.
+    Raises UserError if the file is missing, or has another checksum; the message names it.
     """
-    path = folder / written.name
     with reading(path):
         content = path.read_bytes()
-        if len(content) != written.size:
-            raise ValueError(f"it has {len(content)} bytes of {written.size}")
-        if zlib.crc32(content) != written.crc32:
+        if zlib.crc32(content) != crc32:
             raise ValueError("its content has changed")
         return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
 
@@ -120,20 +113,21 @@ def read_state(path: Path, like: dict[str, Any], device: torch.device) -> dict[s
     return state
 
 
-def check_alike(state: Any, like: Any, name: str = "it") -> None:
-    """Raises ValueError unless both are tensors of one shape, or dictionaries of such under the same names."""
-    if isinstance(like, Mapping):
-        if not isinstance(state, Mapping):
-            raise ValueError(f"{name} is not a dictionary of weights")
-        if different := sorted(map(str, state.keys() ^ like.keys())):
-            key = different[0]
-            raise ValueError(f"{name} lacks {key}" if key in like else f"{name} has {key:.100}, unlike the network")
-        for key in like:
-            check_alike(state[key], like[key], key)
-    elif not isinstance(state, Tensor) or not state.is_floating_point() or state.layout != torch.strided:
-        raise ValueError(f"{name} is not a tensor of floating-point numbers")
-    elif state.shape != like.shape:
-        raise ValueError(f"{name} has shape {tuple(state.shape)}, the network's has {tuple(like.shape)}")
+def check_alike(state: Any, like: Any) -> None:
+    """Raises ValueError unless both hold tensors of the same names and shapes, in dictionaries."""
+    theirs, mine = _shapes(state), _shapes(like)
+    for path in mine | theirs:
+        has, needed = (shapes.get(path, "is missing") for shapes in (theirs, mine))
+        if has != needed:
+            raise ValueError(f"{'/'.join(path) or 'it':.100} {has}; the network's {needed}")
+
+
+def _shapes(state: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], str]:
+    """Shapes of all tensors in dictionaries, in words, by their keys."""
+    if isinstance(state, Mapping):
+        return {at: shape for key in state for at, shape in _shapes(state[key], (*path, str(key))).items()}
+    plain = isinstance(state, Tensor) and state.is_floating_point() and state.layout == torch.strided
+    return {path: f"has shape {tuple(state.shape)}" if plain else "is not a tensor of floating-point numbers"}
 
 
 def read_json(path: Path) -> Any:
@@ -142,11 +136,70 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
 
 
-def write_json(path: Path, content: Any, owner: str | None = None) -> None:
-    """Writes a JSON file; arrays become lists. Arguments and errors as `write_atomically`."""
-    write_atomically(path, (to_json(content) + "\n").encode(), owner)
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file, atomically; arrays become lists."""
+    write_atomically(path, (_to_json(content) + "\n").encode())
 
 
-def to_json(content: Any) -> str:
-    """JSON's text; arrays become lists."""
+def _to_json(content: Any) -> str:
     return json.dumps(content, indent=1, default=lambda array: array.tolist())
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """Reads what `write_index` wrote. Raises UserError if it is missing or damaged; the message names it."""
+    index = read_json(path)
+    with reading(path, "is damaged, or was not written by this program"):
+        if index["crc32"] != zlib.crc32(_to_json(index["content"]).encode()):
+            raise ValueError
+        return index["content"]
+
+
+def write_index(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON file with its checksum, atomically; arrays become lists."""
+    write_json(path, {"crc32": zlib.crc32(_to_json(content).encode()), "content": content})
+
+
+class Record:
+    """Lists the files in a folder, and in its subfolders, that are one writer's. Nothing else is replaced or removed.
+
+    A file is listed before it is first written, so that what a killed process leaves is known, too.
+
+    Args:
+        folder: need not be there yet.
+        name: of the list, which has a line for each file.
+    """
+
+    def __init__(self, folder: Path, name: str):
+        self.path, self._list = folder, folder / name
+
+    def listed(self) -> set[Path]:
+        """The files that are listed, and those that are written in their places."""
+        names = self._list.read_text().splitlines() if self._list.exists() else []
+        paths = {self.path / name for name in names if name}
+        return paths | set(map(unfinished, paths))
+
+    def claim(self, *paths: Path) -> None:
+        """Lists files that are about to be written. Raises UserError if one is there and is not listed."""
+        listed = self.listed()
+        for path in paths:
+            if path not in listed and os.path.lexists(path):
+                raise UserError(f"{path} is not this program's: move it away, then continue (a run: by --resume)")
+        self.note(*paths)
+
+    def note(self, *paths: Path) -> None:
+        """Lists files, each on a line of its own even if a full disk has cut the last line."""
+        listed = self.listed()
+        if new := [path for path in paths if path not in listed]:
+            with writing(self._list):
+                self.path.mkdir(parents=True, exist_ok=True)
+                with self._list.open("a") as file:
+                    file.writelines(f"\n{path.relative_to(self.path)}\n" for path in new)
+                    file.flush()
+                    os.fsync(file.fileno())
+
+    def remove(self, folder: Path, keep: Collection[str] = ()) -> None:
+        """Removes the listed files that lie in the folder itself, except those of the names to keep."""
+        for path in self.listed():
+            if path.parent == folder and path.name not in keep and os.path.lexists(path):
+                with writing(path):
+                    path.unlink()

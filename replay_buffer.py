@@ -180,7 +180,7 @@ class ReplayBuffer:
         """Writes what was added since the last `save`: chunks `START_END.pt`, and `replay.json`, which lists them.
 
         Each file appears whole or not at all, and a save that is killed leaves the one before it good. Chunks that the
-        rings have overwritten are deleted; no file of another writer is.
+        rings have overwritten are deleted; no file that `.replay_files` does not list is.
 
         Raises UserError if the folder holds files of another replay or of the authors' script, and MachineError, with
         the file's name, if the system refuses to write one.

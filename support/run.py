@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from agent import Agent
-from files import write_json, writing
+from files import write_json, write_tensors, writing
 from randomness import seed_of
 from support import checks, report
 from support.flags import OneLineParser
 from support.signals import Stop
-from support.work_dir import WorkDir
+from support.work_dir import INDEX, STATES, WorkDir
 
 
 @dataclasses.dataclass
@@ -56,6 +56,7 @@ class Run:
         self.progress, self.work_dir = Progress(), WorkDir(Path(args.work_dir))
         self.stop, self.pace = Stop(), report.Pace(agent.device)
         self._saved = (time.monotonic(), 0)  # when the last checkpoint was written or read, and its step
+        self._state = ""  # its file of tensors
 
     def open(self, parser: OneLineParser, make_logger: Callable[..., Any]) -> list[str]:
         """Starts the run in its folder, or restores the checkpoint in it; lines to print.
@@ -63,40 +64,44 @@ class Run:
         `make_logger` takes the `state` of the logger before; None if there was none. Raises UserError if the checkpoint
         cannot be used; nothing has been changed then. Raises MachineError if the folder cannot be written.
         """
-        args, work_dir, path, files = self.args, self.work_dir, self.work_dir.path, self.replay.files
+        args, work_dir, path = self.args, self.work_dir, self.work_dir.path
         if args.resume and work_dir.checkpoint.exists():
             lines, logger_state = self._restore(parser)
         else:
             begun = args.resume and work_dir.checkpoint.begun()
             noted = checks.changes(args, parser, work_dir.checkpoint.read()["args"]) if begun else []
-            lines, logger_state = [*noted, *work_dir.begin(vars(args), files.name, args.resume)], None
+            lines, logger_state = [*noted, *work_dir.begin(vars(args), args.resume)], None
         before = set(path.glob("tb/*"))
         self.logger = make_logger(state=logger_state)  # checks its files before anything is changed
-        work_dir.note(*(f"tb/{events.name}" for events in set(path.glob("tb/*")) - before))
-        write_json(path / "args.json", dict(sorted(vars(args).items())), files.name)
+        work_dir.note(*set(path.glob("tb/*")) - before)
+        write_json(path / "args.json", dict(sorted(vars(args).items())))
         start = report.provenance(self.agent.device) | {"step": self.progress.step}
         with writing(path / "starts.log"), (path / "starts.log").open("a") as file:
             file.write(json.dumps(start) + "\n")
         return lines
 
     def _restore(self, parser: OneLineParser) -> tuple[list[str], dict[str, Any]]:
-        """Restores the checkpoint; lines to print, and the logger's state."""
-        args, device, dtype = self.args, self.agent.device, self.env.action_space.dtype
-        content, tensors = self.work_dir.checkpoint.load(self.replay, device)
+        """Restores the checkpoint; lines to print, and the logger's state.
+
+        Raises UserError if a file, which is named, is missing, damaged or foreign, or if the replay is too small.
+        """
+        device, dtype, checkpoint = self.agent.device, self.env.action_space.dtype, self.work_dir.checkpoint
+        content, tensors = checkpoint.read(), checkpoint.tensors(device)
+        self.replay.files.load_chunks(checkpoint.folder, content["replay"])
         self.agent.load_state_dict(tensors["agent"])
         torch.set_rng_state(tensors["random"]["cpu"].cpu())
         if "cuda" in tensors["random"] and device.type == "cuda":
             torch.cuda.set_rng_state(tensors["random"]["cuda"].cpu(), device)
         self.progress = now = Progress(**content["progress"])
-        self._saved = (time.monotonic(), now.step)
+        self._saved, self._state = (time.monotonic(), now.step), content["state"][0]
         now.actions = [np.asarray(action, dtype) for action in now.actions]
         now.action = None if now.action is None else np.asarray(now.action, dtype)
-        if content["args"]["eval_freq"] != args.eval_freq and not now.evaluation_due():
-            last_end = now.step - len(now.actions)
-            now.next_evaluation = (last_end // args.eval_freq + 1) * args.eval_freq
+        eval_freq, last_end = self.args.eval_freq, now.step - len(now.actions)
+        if content["args"]["eval_freq"] != eval_freq and not now.evaluation_due():
+            now.next_evaluation = (last_end // eval_freq + 1) * eval_freq
         end = f"the run has ended at step {now.step}: more --num_train_steps would take it further"
         last_line = end if self.ended() else f"resuming at step {now.step}"
-        return [*checks.changes(args, parser, content["args"]), last_line], content["logger"]
+        return [*checks.changes(self.args, parser, content["args"]), last_line], content["logger"]
 
     def ended(self) -> bool:
         """Whether nothing is left to do."""
@@ -132,33 +137,39 @@ class Run:
         return not self.progress.actions and step > last_step and old
 
     def save_checkpoint(self) -> None:
-        """Writes a checkpoint. Raises MachineError if that fails; the one before it is still there then."""
-        now, device = self.progress, self.agent.device
+        """Writes a checkpoint: of the replay what is new, tensors, then the index, which makes it the run's.
+
+        Raises MachineError if that fails; the one before it is still there then.
+        """
+        now, device, folder = self.progress, self.agent.device, self.work_dir.checkpoint.folder
         under_way = now.actions or now.action is not None
         now.obs_crc = zlib.crc32(self.obs.tobytes()) if under_way else None
         random = {"cpu": torch.get_rng_state()}
         if device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(device)
-        numbers = {"progress": vars(now), "logger": self.logger.state(now.step)}
-        tensors = {"agent": self.agent.state_dict(), "random": random}
-        self.work_dir.checkpoint.write(vars(self.args), numbers, tensors, self.replay)
-        self._saved = (time.monotonic(), now.step)
+        replay = self.replay.files.save_chunks(folder, self.work_dir)
+        state = STATES[self._state == STATES[0]]
+        crc32 = write_tensors(folder / state, {"agent": self.agent.state_dict(), "random": random})
+        content = {"progress": vars(now), "logger": self.logger.state(now.step), "state": (state, crc32)}
+        self.work_dir.checkpoint.write(vars(self.args), replay=replay, **content)
+        self.work_dir.remove(folder, keep=[INDEX, state, *(chunk.name for chunk in replay["chunks"])])
+        self._saved, self._state = (time.monotonic(), now.step), state
 
     def save_models(self) -> None:
         """Writes networks and replay, if asked for."""
-        args, step = self.args, self.progress.step
+        args, step, path = self.args, self.progress.step, self.work_dir.path
         if args.save_model:
-            self.work_dir.claim(*(f"model/{name}_{step}.pt" for name in self.agent.saved_states()))
-            self.agent.save(self.work_dir.path / "model", step)
+            self.work_dir.claim(*(path / "model" / f"{name}_{step}.pt" for name in self.agent.saved_states()))
+            self.agent.save(path / "model", step)
         if args.save_buffer:
-            self.replay.save(self.work_dir.path / "buffer")
+            self.replay.files.save(path / "buffer", self.work_dir)
 
     def save_video(self) -> None:
         """Writes the recorded episode, if one was, as an mp4 and, thinned to about 100 frames, for TensorBoard."""
         video, step = self.video, self.progress.step
         if video.enabled:
             if self.args.save_video:
-                self.work_dir.claim(f"video/{step}.mp4")
+                self.work_dir.claim(self.work_dir.path / "video" / f"{step}.mp4")
                 video.save(f"{step}.mp4")
             self.logger.log_video("eval/video", video.frames[:: -(-len(video.frames) // 100)], step)
             video.init(enabled=False)  # lets go of the frames

@@ -1,7 +1,8 @@
-"""A run's folder: which files in it are the run's. Nothing else is removed or overwritten.
+"""A run's folder: which files in it are the run's, and its checkpoint, from which the run continues.
 
-The run lists its files in `.run_files`, a name a line, before it writes them. What its replay and its checkpoints write
-bears the replay's name.
+The checkpoint is all that the run needs to continue as if it had never stopped. `checkpoint.json` holds numbers and
+names the files that belong to it: one of tensors, and the replay's chunks. It is replaced last, so that the checkpoint
+it names is whole at every moment.
 """
 
 from __future__ import annotations
@@ -14,28 +15,67 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from errors import UserError
-from files import write_atomically, writing
-from replay_files import CHUNK, INDEX, belongs_to
-from support.checkpoint import Checkpoint
+import torch
 
-LIST = ".run_files"
+from errors import UserError
+from files import Record, read_index, read_tensors, write_index, writing
+from replay_files import CHUNK
+
+VERSION = 3
 LOGS = ("args.json", "starts.log", "train.log", "eval.log")
 FOLDERS = ("tb", "video", "model", "buffer", "checkpoint")
-CHECKPOINT = "checkpoint/checkpoint.json"
+STATES = ("state_0.pt", "state_1.pt")  # in turn: the next checkpoint does not replace what the last one names
+INDEX = "checkpoint.json"
 # What a run may write, except TensorBoard's events, whose names are new each time.
 NAMES = re.compile(
-    rf"{'|'.join(map(re.escape, LOGS + FOLDERS))}|video/[0-9]+\.mp4|model/.*_[0-9]+\.pt|checkpoint/state_.*\.pt"
-    rf"|buffer/{re.escape(INDEX)}|(buffer|checkpoint)/{CHUNK.pattern}"
+    rf"{'|'.join(map(re.escape, LOGS + FOLDERS))}|video/[0-9]+\.mp4|model/.*_[0-9]+\.pt|buffer/replay\.json"
+    rf"|(buffer|checkpoint)/{CHUNK.pattern}|checkpoint/({'|'.join(map(re.escape, STATES))})"
 )
-REPLAY = re.compile(r"checkpoint/\.([0-9a-f]+)\.tmp")  # listed as the first file that a replay of this name writes
 
 
-class WorkDir:
-    """The folder of a run, which need not be there yet. Files are named relative to it."""
+class Checkpoint:
+    """The newest checkpoint of a run, in a folder of its own, which need not be there yet."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.index = folder / INDEX
+
+    def begun(self) -> bool:
+        """Whether a run has started in the folder, with a checkpoint or without one yet."""
+        return os.path.lexists(self.index)
+
+    def exists(self) -> bool:
+        """Whether there is a checkpoint. Raises UserError, with a file's name, if that cannot be read."""
+        return self.begun() and self.read()["progress"] is not None
+
+    def read(self) -> dict[str, Any]:
+        """`args`, `progress` and more; `progress` is None if there is no checkpoint yet.
+
+        Raises UserError if the file is missing, damaged, or of another version; the message names it.
+        """
+        content = read_index(self.index)
+        if content["version"] != VERSION:
+            raise UserError(
+                f"{self.index} is of version {content['version']} of this program, which is at version {VERSION}: "
+                "resume it with the commit that began it (see starts.log), or choose another work_dir"
+            )
+        return content
+
+    def write(self, args: dict[str, Any], **content: Any) -> None:
+        """Writes the index, atomically."""
+        write_index(self.index, {"version": VERSION, "args": args} | content)
+
+    def tensors(self, device: torch.device) -> dict[str, Any]:
+        """Its tensors, on the device. Raises UserError if a file is missing or damaged; the message names it."""
+        name, crc32 = self.read()["state"]
+        return read_tensors(self.folder / name, crc32, device)
+
+
+class WorkDir(Record):
+    """The folder of a run, which need not be there yet, with the record of the run's files."""
 
     def __init__(self, path: Path):
-        self.path = path
+        super().__init__(path, ".run_files")
         self.checkpoint = Checkpoint(path / "checkpoint")
 
     def check(self, resume: bool, overwrite: bool) -> None:
@@ -43,7 +83,7 @@ class WorkDir:
         path = self.path
         try:
             held, begun = self.held(), self.checkpoint.begun()
-            strangers = self.strangers() if held else []
+            strangers = self._strangers() if held else []
             check_folder(path, f"work_dir {path}")
         except OSError as error:
             raise UserError(f"work_dir {str(path)[:100]} cannot be used: {error.strerror}") from error
@@ -56,13 +96,18 @@ class WorkDir:
             raise UserError(f"work_dir {path} holds files that its run has not written ({shown}): {choice}")
         if resume and not begun and held not in ([], ["checkpoint"]):
             raise UserError(
-                f"work_dir {path} holds {', '.join(held)}, but {CHECKPOINT} is missing: "
+                f"work_dir {path} holds {', '.join(held)}, but {self.checkpoint.index} is missing: "
                 "there is nothing to resume; choose another work_dir, or --overwrite it"
             )
 
     def held(self) -> list[str]:
         """What of a run's files the folder holds."""
         return [name for name in (*LOGS, *FOLDERS) if os.path.lexists(self.path / name)]
+
+    def _strangers(self) -> list[str]:
+        """Names of files that the run has not written, but a new run would have to overwrite."""
+        found = {path for pattern in ("*", "*/*") for path in self.path.glob(pattern) if not path.is_dir()}
+        return sorted(filter(NAMES.fullmatch, (str(path.relative_to(self.path)) for path in found - self.listed())))
 
     def lock(self) -> IO[str]:
         """Makes the folder, and locks it until the returned file is closed or the process ends.
@@ -82,73 +127,27 @@ class WorkDir:
                 raise UserError(f"{self.path} is in use by another process: wait for its end, or stop it") from None
         return file
 
-    def begin(self, args: dict[str, Any], replay: str, resume: bool) -> list[str]:
+    def begin(self, args: dict[str, Any], resume: bool) -> list[str]:
         """Makes the folder a new run's, and removes what the run before has written; lines to print.
 
-        `replay` is the name of the new run's replay; `resume` says that a run was to be resumed if there was one.
+        `resume` says that a run was to be resumed if there was one.
         """
-        held, first = self.held(), f"checkpoint/.{replay}.tmp"
-        self.note(first)
-        old = self.written()
-        self.checkpoint.begin(args, replay)  # from now on the folder holds a run that has no checkpoint yet
-        for path in old:
-            with writing(path):
-                path.unlink(missing_ok=True)
-        for name in FOLDERS:
+        held, index = self.held(), self.checkpoint.index
+        self.note(index)
+        self.checkpoint.write(args, progress=None)  # from now on the new run's folder
+        self.remove(self.path)
+        for folder in (self.path / name for name in FOLDERS):
+            self.remove(folder, keep=[INDEX])
             with suppress(OSError):  # it is not empty, or a link
-                (self.path / name).rmdir()
-        stay = [name for name in self._names() if "/" in name and name != CHECKPOINT]
-        write_atomically(self.path / LIST, "".join(f"{name}\n" for name in (*LOGS, first)).encode(), replay)
-        lines = [f"left in {self.path}, not written by its run: {', '.join(stay)}"] if stay else []
+                folder.rmdir()
+        with writing(self._list):
+            self._list.unlink()
+        self.note(*(self.path / name for name in LOGS), index, *(index.with_name(name) for name in STATES))
         if not held:
-            return [f"no run in {self.path} yet: it begins", *lines] if resume else lines
+            return [f"no run in {self.path} yet: it begins"] if resume else []
         why = "there is no checkpoint yet" if resume else "they are overwritten"
         gone = [name for name in held if name == "checkpoint" or name not in self.held()]
-        return [f"removed from {self.path}: {', '.join(gone)}; {why}", *lines]
-
-    def claim(self, *names: str) -> None:
-        """Lists files that the run is about to write. Raises UserError if one of them is there and not the run's."""
-        listed = self._listed()
-        for name in names:
-            if name not in listed and os.path.lexists(self.path / name):
-                raise UserError(
-                    f"{self.path / name} was not written by this run: move it away, then --resume continues"
-                )
-        self.note(*names)
-
-    def note(self, *names: str) -> None:
-        """Lists files that are the run's, each on a line of its own even if a full disk has cut the last one."""
-        with writing(self.path / LIST), (self.path / LIST).open("a") as file:
-            file.writelines(f"\n{name}\n" for name in names)
-
-    def written(self) -> list[Path]:
-        """The files that the run in the folder has written, except `checkpoint.json` and the list."""
-        listed = self._listed()
-        replays = [match[1] for match in map(REPLAY.fullmatch, listed) if match]
-        found = [name for name in self._names() if name in listed or self._bears(name, replays)]
-        paths = [self.path / name for name in found if name != CHECKPOINT]
-        return [path for path in paths if path.is_symlink() or not path.is_dir()]
-
-    def strangers(self) -> list[str]:
-        """Names of files that the run has not written, but a new run would have to overwrite."""
-        mine = {str(path.relative_to(self.path)) for path in self.written()}
-        return [name for name in self._names() if name not in mine and NAMES.fullmatch(name)]
-
-    def _listed(self) -> set[str]:
-        path = self.path / LIST
-        return set(path.read_text().splitlines()) if path.exists() else set()
-
-    def _names(self) -> list[str]:
-        """Names of the entries of the folder and of a run's folders in it, without these folders themselves."""
-        folders = [self.path / name for name in FOLDERS if (self.path / name).is_dir()]
-        paths = sorted(path for folder in (self.path, *folders) for path in folder.iterdir() if path not in folders)
-        return [str(path.relative_to(self.path)) for path in paths]
-
-    def _bears(self, name: str, replays: list[str]) -> bool:
-        """Whether a file has a replay's name in its own, or, as its index and chunks have, in its content."""
-        path = self.path / name
-        holds = path.name == INDEX or CHUNK.fullmatch(path.name) is not None
-        return any(replay in path.name or (holds and belongs_to(path, replay)) for replay in replays)
+        return [f"removed from {self.path}: {', '.join(gone)}; {why}"]
 
 
 def check_folder(folder: Path, name: str) -> None:

@@ -18,7 +18,7 @@ import toy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from support.checkpoint import Checkpoint
+from support.work_dir import Checkpoint
 
 ROOT = Path(__file__).parent.parent
 DIFFS = re.findall(r"```diff\n(.*?)```", (ROOT / "docs" / "change_it.md").read_text(), re.DOTALL)

@@ -222,9 +222,9 @@ def test_a_checkpoint_serves_where_no_models_were_saved(run, capsys):
     assert_refused(capsys, run, run, "--step", "20", words="checkpoint holds no models of step 20; close ones: 30")
     state = next((run / "checkpoint").glob("state_*.pt"))
     state.write_bytes(state.read_bytes()[:100])
-    assert_refused(capsys, run, run, words=(state, "100 bytes"))
+    assert_refused(capsys, run, run, words=(state, "its content has changed"))
     (run / "checkpoint" / "checkpoint.json").write_text("{}")
-    assert_refused(capsys, run, run, words="checkpoint.json is not a checkpoint")
+    assert_refused(capsys, run, run, words="checkpoint.json is damaged, or was not written by this program")
 
 
 def test_folders_without_models(tmp_path, capsys):
@@ -275,9 +275,11 @@ def test_other_networks_than_the_flags_say(authors, capsys):
     left_out = MODEL_FLAGS.copy()
     place = left_out.index("--hidden_dim")
     del left_out[place : place + 2]  # then it is train.py's default
-    words = ("actor_30.pt is not of this network: trunk.0.weight has shape (32, 50)", "has (1024, 50)", hint)
+    words = ("actor_30.pt is not of this network: trunk.0.weight has shape (32, 50)", "has shape (1024, 50)", hint)
     assert_refused(capsys, authors, authors, *left_out, words=words)
-    assert_refused(capsys, authors, authors, *MODEL_FLAGS, "--num_layers", 3, words=("it lacks encoder.convs.2", hint))
+    assert_refused(
+        capsys, authors, authors, *MODEL_FLAGS, "--num_layers", 3, words=("encoder.convs.2.weight is missing", hint)
+    )
     assert_refused(capsys, authors, authors, *MODEL_FLAGS, "--image_size", 33, words="even")
     (authors / "decoder_30.pt").unlink()
     assert_refused(capsys, authors, authors, *MODEL_FLAGS, words=(authors / "decoder_30.pt", "is missing", hint))
@@ -336,11 +338,11 @@ def bad_files(good, evil_path):
         "pickle of code": (lambda path: path.write_bytes(pickle.dumps(Evil(evil_path))), damaged),
         "code": (lambda path: torch.save(Evil(evil_path), path), damaged),
         "code among weights": (lambda path: torch.save(state | {"x": Evil(evil_path)}, path), damaged),
-        "list": (lambda path: torch.save([1, 2], path), "it is not a dictionary of weights"),
+        "list": (lambda path: torch.save([1, 2], path), "it is not a tensor"),
         "number": (lambda path: torch.save(dict.fromkeys(state, 3), path), "is not a "),
         "integers": (lambda path: torch.save({key: torch.arange(3) for key in state}, path), "is not a "),
-        "other names": (lambda path: torch.save({1: torch.zeros(2)} | state, path), "it has 1, unlike the network"),
-        "fewer": (lambda path: torch.save({key: state[key] for key in list(state)[1:]}, path), f"it lacks {first}"),
+        "other names": (lambda path: torch.save({1: torch.zeros(2)} | state, path), "1 has shape (2,); the "),
+        "fewer": (lambda path: torch.save({key: state[key] for key in list(state)[1:]}, path), f"{first} is missing"),
     }  # fmt: skip
 
 
@@ -383,7 +385,7 @@ def test_files_of_other_shapes(run, capsys, name):
     key = list(weights)[-1]
     weights[key] = torch.zeros(77)
     torch.save(state, path)
-    assert_refused(capsys, run, run, words=(path, f"{key} has shape (77,), the network's has "))
+    assert_refused(capsys, run, run, words=(path, f"{key} has shape (77,); the network's has "))
 
 
 def test_a_failed_load_leaves_the_agent_as_it_was(run):

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import replay_buffer
 import replay_files
 from errors import MachineError, UserError
+from files import unfinished
 from support import machine
 from support.prefetch import Prefetched
 from utils import ReplayBuffer
@@ -383,7 +384,7 @@ def test_save_and_load_continue_as_if_nothing_had_been(
         if action != "nothing":
             with mock.patch.object(replay_files, "MAX_CHUNK", chunk):
                 replay.save(folder)
-            assert {path.name for path in folder.iterdir()} == {"replay.json", *chunk_names(folder)}
+            assert set(files_in(folder)) == {"replay.json", *chunk_names(folder)}
         if action == "load":
             loaded, _ = make_both(capacity, num_stacked, shape=shape, place=place)
             loaded.load(folder)
@@ -399,13 +400,18 @@ def test_save_and_load_continue_as_if_nothing_had_been(
 
 
 def chunk_names(folder):
-    return [file[0] for _, _, file in json.loads((folder / "replay.json").read_text())["chunks"]]
+    return [chunk[0] for chunk in json.loads((folder / "replay.json").read_text())["content"]["chunks"]]
 
 
-def saved_replay(folder):
+def files_in(folder):
+    """Names of the files, but that of their list."""
+    return sorted(path.name for path in folder.iterdir() if path.name != replay_files.LIST)
+
+
+def saved_replay(folder, seed=0):
     replay, _ = make_both(100)
     for length in (10, 20, 30):
-        for transition in Episodes(0, 3).play(length):
+        for transition in Episodes(seed, 3).play(length):
             replay.add(*transition)
         replay.save(folder)
     return replay
@@ -413,7 +419,7 @@ def saved_replay(folder):
 
 def test_a_save_writes_only_what_is_new(tmp_path):
     saved_replay(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0_10.pt", "10_30.pt", "30_60.pt", "replay.json"]
+    assert files_in(tmp_path) == ["0_10.pt", "10_30.pt", "30_60.pt", "replay.json"]
     assert len(torch.load(tmp_path / "30_60.pt")["frames"]) == 31
 
 
@@ -480,7 +486,7 @@ def test_a_failed_save_leaves_the_last_one_good_and_no_litter(tmp_path, monkeypa
         assert loaded.transitions_added == 60
     replay.save(tmp_path)
     names = ["0_10.pt", "10_30.pt", "30_60.pt", "60_75.pt", "replay.json"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert files_in(tmp_path) == names
 
 
 def test_a_refused_transition_leaves_no_trace():
@@ -557,7 +563,7 @@ def test_damaged_files_are_named(tmp_path, name, harm):
         place = len(content) // 2
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
     else:
-        saved_replay(tmp_path / "b")
+        saved_replay(tmp_path / "b", seed=1)
         path.write_bytes((tmp_path / "b" / name).read_bytes())
     replay, _ = make_both(100)
     with pytest.raises(ValueError, match=r"(10_30\.pt|0_10\.pt|replay\.json)") as error:
@@ -627,7 +633,7 @@ def test_saves_delete_only_what_the_replay_has_written(tmp_path):
     their_file(tmp_path / "40_45.pt")
     for transition in episodes.play(5):
         replay.add(*transition)
-    with pytest.raises(UserError, match=r"40_45\.pt belongs to another replay"):
+    with pytest.raises(UserError, match=r"40_45\.pt is not this program's"):
         replay.save(tmp_path)
     assert (tmp_path / "40_45.pt").read_bytes() == b"theirs"
     loaded, _ = make_both(20)
@@ -643,12 +649,12 @@ def test_what_a_killed_save_leaves_goes_with_the_next(tmp_path):
         replay.add(*transition)
     replay.save(tmp_path)
     (tmp_path / "replay.json").write_bytes(index)
-    (tmp_path / f".{replay.files.name}.tmp").write_bytes(b"half")
+    unfinished(tmp_path / "60_65.pt").write_bytes(b"half")
     loaded, _ = make_both(100)
     loaded.load(tmp_path)
     for transition in Episodes(5, 3).play(7):
         loaded.add(*transition)
     loaded.save(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
+    assert files_in(tmp_path) == [
         "0_10.pt", "10_30.pt", "30_60.pt", "60_67.pt", "replay.json",
     ]  # fmt: skip

@@ -21,8 +21,8 @@ from test_resume import assert_gone, outcome
 
 import sweep
 import train
-from support.checkpoint import Checkpoint
 from support.machine import cores
+from support.work_dir import Checkpoint
 
 TINY = (
     "--image_size 16 --num_layers 2 --num_filters 4 --hidden_dim 16 --batch_size 8 --init_steps 40 --action_repeat 50 "
