@@ -162,7 +162,7 @@ def write_index(path: Path, content: dict[str, Any]) -> None:
 class Record:
     """Lists the files in a folder, and in its subfolders, that are one writer's. Nothing else is replaced or removed.
 
-    A file is listed before it is first written, so that what a killed process leaves is known, too.
+    A file is listed before it is first written, so that what a killed process leaves is known, and until it is removed.
 
     Args:
         folder: need not be there yet.
@@ -173,33 +173,33 @@ class Record:
         self.path, self._list = folder, folder / name
 
     def listed(self) -> set[Path]:
-        """The files that are listed, and those that are written in their places."""
+        """The writer's files, whether they are there or not."""
         names = self._list.read_text().splitlines() if self._list.exists() else []
-        paths = {self.path / name for name in names if name}
-        return paths | set(map(unfinished, paths))
+        return {self.path / name for name in names if name}
 
     def claim(self, *paths: Path) -> None:
         """Lists files that are about to be written. Raises UserError if one is there and is not listed."""
-        listed = self.listed()
-        for path in paths:
-            if path not in listed and os.path.lexists(path):
+        for path in set(paths) - self.listed():
+            if os.path.lexists(path):
                 raise UserError(f"{path} is not this program's: move it away, then continue (a run: by --resume)")
         self.note(*paths)
 
     def note(self, *paths: Path) -> None:
-        """Lists files, each on a line of its own even if a full disk has cut the last line."""
+        """Lists files."""
         listed = self.listed()
-        if new := [path for path in paths if path not in listed]:
-            with writing(self._list):
-                self.path.mkdir(parents=True, exist_ok=True)
-                with self._list.open("a") as file:
-                    file.writelines(f"\n{path.relative_to(self.path)}\n" for path in new)
-                    file.flush()
-                    os.fsync(file.fileno())
+        if not listed.issuperset(paths):
+            self._write(listed.union(paths))
 
     def remove(self, folder: Path, keep: Collection[str] = ()) -> None:
         """Removes the listed files that lie in the folder itself, except those of the names to keep."""
-        for path in self.listed():
-            if path.parent == folder and path.name not in keep and os.path.lexists(path):
-                with writing(path):
-                    path.unlink()
+        listed = self.listed()
+        gone = {path for path in listed if path.parent == folder and path.name not in keep}
+        for path in gone:
+            with writing(path):
+                path.unlink(missing_ok=True)
+                unfinished(path).unlink(missing_ok=True)
+        if gone:
+            self._write(listed - gone)
+
+    def _write(self, paths: set[Path]) -> None:
+        write_atomically(self._list, "".join(f"{path.relative_to(self.path)}\n" for path in sorted(paths)).encode())

@@ -149,6 +149,7 @@ class Run:
             random["cuda"] = torch.cuda.get_rng_state(device)
         replay = self.replay.files.save_chunks(folder, self.work_dir)
         state = STATES[self._state == STATES[0]]
+        self.work_dir.claim(folder / state)
         crc32 = write_tensors(folder / state, {"agent": self.agent.state_dict(), "random": random})
         content = {"progress": vars(now), "logger": self.logger.state(now.step), "state": (state, crc32)}
         self.work_dir.checkpoint.write(vars(self.args), replay=replay, **content)

@@ -133,16 +133,14 @@ class WorkDir(Record):
         `resume` says that a run was to be resumed if there was one.
         """
         held, index = self.held(), self.checkpoint.index
-        self.note(index)
+        self.claim(index)
         self.checkpoint.write(args, progress=None)  # from now on the new run's folder
         self.remove(self.path)
         for folder in (self.path / name for name in FOLDERS):
             self.remove(folder, keep=[INDEX])
             with suppress(OSError):  # it is not empty, or a link
                 folder.rmdir()
-        with writing(self._list):
-            self._list.unlink()
-        self.note(*(self.path / name for name in LOGS), index, *(index.with_name(name) for name in STATES))
+        self.claim(*(self.path / name for name in LOGS))
         if not held:
             return [f"no run in {self.path} yet: it begins"] if resume else []
         why = "there is no checkpoint yet" if resume else "they are overwritten"

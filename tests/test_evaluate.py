@@ -326,7 +326,7 @@ def bad_files(good, evil_path):
     """Files that are no weights of a network, or of another network, and what is said about each."""
     damaged = "is damaged, or holds something else"
     state = torch.load(good)
-    first = next(iter(state))
+    missing, other = "is missing; the network's has shape", "; the network's has shape"
     return {
         "missing": (lambda path: path.unlink(), "is missing"),
         "folder": (lambda path: path.unlink() or path.mkdir(), "cannot be read: Is a directory"),
@@ -338,11 +338,11 @@ def bad_files(good, evil_path):
         "pickle of code": (lambda path: path.write_bytes(pickle.dumps(Evil(evil_path))), damaged),
         "code": (lambda path: torch.save(Evil(evil_path), path), damaged),
         "code among weights": (lambda path: torch.save(state | {"x": Evil(evil_path)}, path), damaged),
-        "list": (lambda path: torch.save([1, 2], path), "it is not a tensor"),
-        "number": (lambda path: torch.save(dict.fromkeys(state, 3), path), "is not a "),
-        "integers": (lambda path: torch.save({key: torch.arange(3) for key in state}, path), "is not a "),
+        "list": (lambda path: torch.save([1, 2], path), missing),
+        "number": (lambda path: torch.save(dict.fromkeys(state, 3), path), other),
+        "integers": (lambda path: torch.save({key: torch.arange(3) for key in state}, path), other),
         "other names": (lambda path: torch.save({1: torch.zeros(2)} | state, path), "1 has shape (2,); the "),
-        "fewer": (lambda path: torch.save({key: state[key] for key in list(state)[1:]}, path), f"{first} is missing"),
+        "fewer": (lambda path: torch.save({key: state[key] for key in list(state)[1:]}, path), missing),
     }  # fmt: skip
 
 

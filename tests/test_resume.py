@@ -166,7 +166,7 @@ def test_killed_at_each_step_of_writing(tmp_path, uninterrupted, ended, flag, ki
     process = start(folder, flag, *short, prepare=functools.partial(forked.die_at, kill))
     assert process.communicate()[1] == ""
     assert process.returncode == -signal.SIGKILL
-    if flag == "--overwrite" and kill < 7:  # the other run may still be there, whole
+    if flag == "--overwrite" and kill < 5:  # the other run may still be there, whole
         assert train.main([*RUN, *short, "--overwrite", "--work_dir", str(folder)]) == 0
     else:
         assert train.main([*RUN, *short, "--resume", "--work_dir", str(folder)]) == 0
@@ -723,7 +723,7 @@ def test_read_only_disk(small_disk, uninterrupted, monkeypatch, capsys):
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last(tmp_path, monkeypatch, capsys, uninterrupted):
     """Whichever of its writes fails."""
     fsync, short = os.fsync, ("--num_train_steps", "95")
-    for failing in range(1, 10):
+    for failing in range(1, 15):
         folder = tmp_path / str(failing)
         flags = [*RUN, *short, "--checkpoint_freq", "30", "--checkpoint_minutes", "1000", "--work_dir", str(folder)]
         calls = []
@@ -731,7 +731,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last(tmp_path, monkeypat
         def fail(descriptor, calls=calls, failing=failing):
             calls.append(descriptor)
             # Those of the start (two lists, checkpoint.json, args.json), of the first checkpoint, of the second one.
-            if len(calls) == 6 + 9 + failing:
+            if len(calls) == 8 + 12 + failing:
                 raise OSError(5, "Input/output error")
             fsync(descriptor)
 
@@ -763,18 +763,6 @@ def test_programs_run_in_any_thread(tmp_path, ended, program):
     assert statuses == [0]
     assert program == "evaluate" or outcome(folder) == outcome(ended[0])
     assert [signal.getsignal(number) for number in STOPPING] == handlers
-
-
-def test_a_list_that_a_full_disk_has_cut_goes_on(tmp_path):
-    (tmp_path / ".run_files").write_text("train.log\nmodel/act")
-    work_dir = WorkDir(tmp_path)
-    path = tmp_path / "model" / "actor_5.pt"
-    work_dir.note(path)
-    (tmp_path / "model").mkdir()
-    path.touch()
-    work_dir.claim(path)
-    work_dir.remove(tmp_path / "model")
-    assert not path.exists()
 
 
 @pytest.mark.parametrize(("owner", "name"), [(Path, "unlink"), (os, "truncate")])
