@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, that show damage, and of which a list says whose they are."""
+"""Files that appear whole or not at all, and that show damage; a list of whose they are."""
 
 from __future__ import annotations
 

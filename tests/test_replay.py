@@ -629,6 +629,8 @@ def test_saves_delete_only_what_the_replay_has_written(tmp_path):
             saved_replay(tmp_path / "b")
             theirs.append((tmp_path / "b" / "30_60.pt").rename(tmp_path / "30_60.pt"))
     assert not (tmp_path / "0_10.pt").exists()
+    theirs.append(their_file(tmp_path / "0_10.pt"))  # the name of a file that the replay has written and removed
+    replay.save(tmp_path)
     assert all(path.exists() for path in theirs)
     their_file(tmp_path / "40_45.pt")
     for transition in episodes.play(5):

@@ -29,6 +29,7 @@ from test_train import open_run, read_log, without_times
 
 import train
 from errors import MachineError
+from files import write_index
 from support.signals import STOPPING
 from support.work_dir import WorkDir
 
@@ -358,6 +359,20 @@ def test_damaged_checkpoints(tmp_path, ended, capsys, harm):
         assert error.count("\n") == 1, error
         assert file.name in error or (harm == "replaced by another run's" and "--seed 2 is now 1" in error)
         assert contents(folder) == before
+
+
+def test_a_checkpoint_of_an_older_version_is_refused(tmp_path, ended, capsys):
+    folder = tmp_path / "log"
+    shutil.copytree(ended[0], folder)
+    write_index(folder / "checkpoint" / "checkpoint.json", checkpoint_of(folder) | {"version": 2})
+    before = contents(folder)
+    with pytest.raises(SystemExit) as exit_:
+        train.main([*RUN, "--resume", "--work_dir", str(folder)])
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert "checkpoint.json is of version 2 of this program" in error
+    assert error.count("\n") == 1
+    assert contents(folder) == before
 
 
 @pytest.mark.parametrize("name", ["train.log", "eval.log"])
