@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import threading
 from collections import defaultdict
 from contextlib import ExitStack
@@ -30,7 +29,6 @@ LINES = {
     "eval": "S: {step:.0f} | ER: {episode_reward:.4f}",
 }
 COLOURS = {"train": "yellow", "eval": "green"}
-Values = list[tuple[Any, int, int]]  # each the sum of how many values, and its step
 
 
 class Logger:
@@ -47,12 +45,13 @@ class Logger:
     def __init__(self, log_dir: str | Path, use_tb: bool = True, config: str = "rl", state: dict | None = None):
         self._paths = {section: Path(log_dir) / f"{section}.log" for section in LINES}
         self._tb, self._writer = Path(log_dir) / "tb", None
-        self._values: dict[str, Values] = defaultdict(list)  # pending values, by key
+        # Pending, by key: the sum of how many values, and its step.
+        self._values: dict[str, list[tuple[Any, int, int]]] = defaultdict(list)
         if state is not None:
             self._values |= state["meters"]
             sizes = {path: state["sizes"].get(path.name, 0) for path in self._paths.values()}
             for path, size in sizes.items():
-                if (path.stat().st_size if path.exists() else 0) < size:
+                if size > (path.stat().st_size if path.exists() else 0):
                     raise UserError(f"{path} is missing or shorter than at the checkpoint: lines were lost")
             for path in filter(Path.exists, sizes):
                 with writing(path):
@@ -68,7 +67,7 @@ class Logger:
 
     def log(self, key: str, value: float | Tensor, step: int, n: int = 1) -> None:
         """Collects a number or a scalar tensor, the sum of `n` values. Waits for no GPU. Refuses keys of no section."""
-        if not re.match("(train|eval)[/_]", key):
+        if not key.startswith(tuple(f"{section}{end}" for section in LINES for end in "/_")):
             raise ValueError(f"the key {key!r} begins with neither train nor eval")
         # Small live CPU tensors would fragment the heap (https://sourceware.org/glibc/wiki/MallocInternals).
         kept = value.detach() if isinstance(value, Tensor) and value.device.type != "cpu" else float(value)
@@ -80,10 +79,9 @@ class Logger:
         Raises MachineError if a file cannot be written, or if a loss is NaN or infinite; the message names it.
         """
         for section, path in self._paths.items():
-            keys = [key for key in self._values if key.startswith(section)]
-            if not keys:
+            means = {key: _mean(key, self._values.pop(key)) for key in [*self._values] if key.startswith(section)}
+            if not means:
                 continue
-            means = {key: _mean(key, self._values.pop(key)) for key in keys}
             record = {_field(key): mean for key, mean in means.items()} | {"step": step}
             with writing(path), path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -143,7 +141,7 @@ class Logger:
                 getattr(self._writer, method)(*args)
 
 
-def _mean(key: str, values: Values) -> float:
+def _mean(key: str, values: list[tuple[Any, int, int]]) -> float:
     """The mean. Raises MachineError if `key` is a loss and a value is NaN or infinite; it names the step."""
     sums, counts, steps = map(list, zip(*values, strict=True))
     if all(isinstance(value, Tensor) for value in sums):
@@ -165,10 +163,6 @@ def _field(key: str) -> str:
 @torch.no_grad()
 def log_networks(logger: Logger, agent: Agent, observations: np.ndarray, step: int) -> None:
     """Weights of all networks that train, activations on observations (N, ...), and reconstructions beside them."""
-
-    def log_output(key: str, _layer: nn.Module, _inputs: Any, output: Tensor) -> None:
-        logger.log_histogram(key, output, step)
-
     obs = agent.to_network_input(torch.as_tensor(observations))
     with ExitStack() as hooks:
         for network_name, network in agent.networks.items():
@@ -176,9 +170,10 @@ def log_networks(logger: Logger, agent: Agent, observations: np.ndarray, step: i
                 if any(parameter.requires_grad for parameter in layer.parameters(recurse=False)):
                     key = f"train_{network_name}/{name}"
                     logger.log_param(key, layer, step)
-                    hooks.enter_context(layer.register_forward_hook(partial(log_output, f"{key}_output")))
-        mean_action, *_ = agent.actor(obs, compute_pi=False, compute_log_pi=False)
-        agent.critic(obs, mean_action)
+                    # A hook gets layer, inputs, output.
+                    log_output = partial(lambda key, *args: logger.log_histogram(key, args[-1], step), f"{key}_output")
+                    hooks.enter_context(layer.register_forward_hook(log_output))
+        agent.critic(obs, agent.actor(obs, compute_pi=False, compute_log_pi=False)[0])
         if agent.decoder is not None:
             reconstruction = agent.decoder(agent.critic.encoder(obs)) + 0.5
             pairs = torch.stack([obs[:, -3:] / 255, reconstruction[:, -3:]], dim=1)

@@ -246,9 +246,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.dry_run:
             for run in runs:
-                print(
-                    f"{run.name}: about {run.memory / 1e9:.1f} GB, python train.py {shlex.join(run.flags)}", flush=True
-                )
+                command = shlex.join(["python", "train.py", *run.flags])
+                print(f"{run.name}: about {run.memory / 1e9:.1f} GB, {command}", flush=True)
             return 0
         if waiting:
             with report.one_line(parser.error):
