@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from support import start
+from support import signals
 
 if __name__ == "__main__":
-    start.program()
+    signals.start_program()
 
 import argparse
 import contextlib

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from support import start
+from support import signals
 
 if __name__ == "__main__":
-    start.program()
+    signals.start_program()
 
 import json
 import os
@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
             make_files(Path(folder), evaluations, published)
             for name in (LIST, *FILES):  # the list first, or an interrupted call would leave files of nobody
                 (Path(folder) / name).replace(out / name)
-        start.show((out / "scores.md").read_text().rstrip())
+        signals.show((out / "scores.md").read_text().rstrip())
     except OSError as error:
         parser.error(f"--out {out} cannot be written: {error.strerror}")
     except MachineError as error:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from errors import MachineError, UserError
 from support.machine import cores
-from support.start import show
+from support.signals import show
 from support.work_dir import existing_part
 
 # Action repeats of the published results (paper, table 2).

@@ -1,16 +1,50 @@
-"""Signals. First: stop cleanly. Second: exit at once."""
+"""How a program starts, prints a line, and hears signals. First signal: stop cleanly. Second: exit at once."""
 
 from __future__ import annotations
 
+import io
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from errors import MachineError
+
 HANGUP = [signal.SIGHUP]  # the terminal is gone
 STOPPING = [signal.SIGINT, signal.SIGTERM, *HANGUP]  # Ctrl-C, and what schedulers and systems send before they kill
+
+
+def start_program() -> None:
+    """What a program does before it imports anything else.
+
+    Opens missing standard streams, lets Ctrl-C end the program, and shortens the time that threads spin.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # a daemon has closed it; the next file would get its number
+            stream = open(os.devnull, mode)  # noqa: SIM115, PTH123  # gets the lowest number that is free, its own
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may hold characters that the terminal lacks
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training begins there is nothing to clean up
+    # PyTorch's threads (libgomp) spin for milliseconds while they wait for each other. On a busy machine that doubles
+    # the time of an update. https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def show(line: str) -> None:
+    """Prints a line on stdout. Raises MachineError if that is a pipe without a reader, or a full disk."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more at exit
+        raise MachineError(str(error)) from error
 
 
 class Stopped(Exception):  # noqa: N818  # not an error
@@ -40,11 +74,12 @@ class Stop:
         terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
         def handle(number: int, _frame: Any) -> None:
-            for each in numbers:
-                signal.signal(each, signal.SIG_IGN if each in HANGUP else signal.SIG_DFL)
-            for descriptor in terminals if number in HANGUP else ():
-                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
             self.number = number
+            for each in numbers:
+                signal.signal(each, signal.SIG_IGN if each == signal.SIGHUP else signal.SIG_DFL)
+            if number == signal.SIGHUP:
+                for descriptor in terminals:
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
         before = {number: signal.signal(number, handle) for number in numbers}
         try:

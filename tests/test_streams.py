@@ -105,7 +105,7 @@ def test_an_output_that_is_full_is_one_line(run, tmp_path, words):
 
 def test_a_closed_stream_is_not_the_next_file():
     program = (
-        "from support import start; start.program()\n"
+        "from support import signals; signals.start_program()\n"
         "import os, sys\n"
         "file = open(sys.argv[1], 'w')\n"
         "assert file.fileno() > 2\n"
