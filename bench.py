@@ -141,7 +141,7 @@ def bench_update(kind: str, args: argparse.Namespace) -> Results:
     for name, more in variants.items():
         with report.one_line(lambda reason: report.show(f"\nNot measured: {reason}")):
             if "bf16" in name:
-                check_bf16(DEVICE, filters=32 if kind == "pixel" else 0, hidden_dim=1024)
+                check_bf16(DEVICE, num_filters=32, hidden_dim=1024)
             if "compiled" in name:
                 check_compiler(str(DEVICE))
             agent, plain = make_agents(kind, *more)

@@ -25,10 +25,10 @@ import train
 from errors import MachineError, UserError
 from files import read_json
 from settings import Count, Precision
-from support import checks, report
+from support import report
 from support.evaluation import MAX_ENVS, SideBySide, play
 from support.flags import OneLineParser, number, user_path
-from support.machine import check_device, check_ffmpeg, cores
+from support.machine import check_bf16, check_device, check_ffmpeg, cores, try_out
 from support.signals import Stop, Stopped
 from support.work_dir import Checkpoint, check_folder
 from video import write_video
@@ -106,7 +106,6 @@ def check_video(path: Path) -> None:
     if os.path.lexists(path):
         raise UserError(f"video {path} exists already: choose another, or move it away")
     check_folder(path.parent, f"the folder of video {path}")
-    check_ffmpeg("video")
 
 
 class Evaluation:
@@ -121,6 +120,8 @@ class Evaluation:
         self.folder, self.step = find_models(Path(args.work_dir), args.step)
         self.flags = flags = training_flags(Path(args.work_dir), words)
         check_device(args.device)
+        if args.precision == "bf16":  # that of the run was good where it was trained
+            check_bf16(args.device, flags.num_filters, flags.hidden_dim)
         self.video = None if args.video is None else Path(args.video)
         if self.video is not None:
             check_video(self.video)
@@ -128,7 +129,7 @@ class Evaluation:
         flags.save_video, flags.save_tb = self.video is not None, False
         make_env = partial(train.make_env, flags, flags.seed)
         with contextlib.closing(make_env()) as env:
-            checks.try_out(env, flags, dmc2gym.renderer_of)
+            try_out(env, flags, dmc2gym.renderer_of)
             self.agent = train.make_agent(flags, env.observation_space.shape, env.action_space.shape)
         try:
             if (self.folder / "checkpoint.json").exists():
@@ -192,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     with report.one_line(parser.error):
         evaluation = Evaluation(args, words)
     envs, stop = evaluation.envs, evaluation.stop
-    with report.one_line(partial(report.complain, parser.prog)), contextlib.closing(envs), stop.listen():
+    with report.one_line(parser.complain), contextlib.closing(envs), stop.listen():
         try:
             report.show(f"models: {evaluation.folder}, step {evaluation.step}")
             returns = evaluation.play()

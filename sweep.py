@@ -32,8 +32,8 @@ from encoder import conv_output_shape
 from errors import UserError
 from replay_buffer import replay_bytes
 from settings import Count, Rate, Weight
-from support import checks, report
-from support.flags import OneLineParser, number, user_path
+from support import report
+from support.flags import OneLineParser, check_resumed, number, parse_run, user_path
 from support.run import Progress
 from support.signals import HANGUP, Stop, held_signals
 from support.work_dir import WorkDir
@@ -74,7 +74,7 @@ class Run:
     def ended(self) -> bool:
         """Whether nothing is left to do. If the checkpoint cannot be read or has other flags, train.py will say so."""
         with suppress(UserError, OSError):
-            checks.check_resumed(self.args, train.make_parser(), self.work_dir)
+            check_resumed(self.args, train.make_parser(), self.work_dir)
             now = Progress(**(self.work_dir.checkpoint.read()["progress"] or {}))
             return now.step >= self.args.num_train_steps and not now.evaluation_due()
         return False
@@ -128,7 +128,7 @@ def make_runs(args: argparse.Namespace) -> list[Run]:
         flags += [*args.flags, "--seed", str(seed), "--work_dir", str(work_dir), "--resume"]
         in_force = parser.parse_args(flags)
         with suppress(UserError, OSError):  # if the checkpoint cannot be read, train.py will say so
-            in_force = checks.parse(parser, flags)
+            in_force = parse_run(parser, flags)
         estimate = memory(in_force)
         runs.append(Run(flags, in_force, int(args.memory_per_run * 1e9) if args.memory_per_run else estimate))
     return runs
@@ -256,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
         console.print(table(runs))
     except OSError as error:  # stdout is full or gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python fails once more when it exits
-        report.complain(parser.prog, str(error))
+        parser.complain(str(error))
         return 1
     finally:
         ray.shutdown()

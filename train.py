@@ -25,11 +25,11 @@ from logger import Logger, log_networks
 from randomness import random_action, seed_of
 from sac_ae import SacAeAgent
 from settings import Count, Weight
-from support import checks, report
+from support import report
 from support.cuda_graph import Graphs
 from support.evaluation import MAX_ENVS, SideBySide, play
-from support.flags import OneLineParser, number, settings_of, user_path
-from support.machine import cores, make_replay
+from support.flags import OneLineParser, check_run, number, parse_run, settings_of, user_path
+from support.machine import cores, make_replay, try_out
 from support.run import Progress, Run
 from support.signals import Stopped
 from utils import FrameStack, set_seed_everywhere
@@ -226,7 +226,7 @@ def open_run(args: argparse.Namespace, parser: OneLineParser, resources: ExitSta
     set_seed_everywhere(args.seed)
     make = functools.partial(make_env, args, args.seed)
     with closing(make()) as spare:
-        renderer = checks.try_out(spare, args, dmc2gym.renderer_of)
+        renderer = try_out(spare, args, dmc2gym.renderer_of)
     env = resources.enter_context(closing(make()))
     agent = make_agent(args, env.observation_space.shape, env.action_space.shape)
     run = Run(args, env, agent, make_replay(args, env, agent.device))
@@ -266,11 +266,10 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     parser = make_parser()
     parser.parse_args(argv)  # reports errors of single flags first
-    complain = functools.partial(report.complain, parser.prog)
-    with report.one_line(complain), ExitStack() as resources:
+    with report.one_line(parser.complain), ExitStack() as resources:
         with report.one_line(parser.error):
-            args = checks.parse(parser, argv)
-            checks.check(args, parser)
+            args = parse_run(parser, argv)
+            check_run(args, parser)
             run = open_run(args, parser, resources)
         return carry_out(run, parser.prog)
     return 1  # `one_line` has printed an error

@@ -12,13 +12,12 @@ import pickle
 import subprocess
 import sys
 import traceback
-import types
-from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import Any, ClassVar, NamedTuple
+from types import CodeType
+from typing import Any, NamedTuple
 
 import cloudpickle
 import numpy as np
@@ -58,8 +57,8 @@ class _Group:
         obs, reward, terminated, truncated, info = env.step(action)
         return obs, float(reward), bool(terminated or truncated), info.get("physics_error")
 
-    def render(self, env: Any, kwargs: dict[str, Any]) -> Any:
-        return env.render(**kwargs)
+    def render(self, env: Any, keywords: dict[str, Any]) -> Any:
+        return env.render(**keywords)
 
     def close(self) -> None:
         for env in self._envs:
@@ -69,12 +68,11 @@ class _Group:
 class _Pickler(cloudpickle.Pickler):
     """Carries functions and classes of the program itself, with the names of their files, which tracebacks show."""
 
-    @staticmethod
-    def _reduce_code(code: types.CodeType) -> tuple[Any, ...]:
-        make, values = cloudpickle.Pickler.dispatch_table[types.CodeType](code)
-        return make, tuple(code.co_filename if value == "<dynamic-code>" else value for value in values)
-
-    dispatch_table: ClassVar = ChainMap({types.CodeType: _reduce_code}, cloudpickle.Pickler.dispatch_table)
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, CodeType):
+            return super().reducer_override(value)
+        make, parts = self.dispatch_table[CodeType](value)
+        return make, tuple(value.co_filename if part == "<dynamic-code>" else part for part in parts)
 
 
 class _RemoteGroup:
@@ -88,7 +86,7 @@ class _RemoteGroup:
         content = io.BytesIO()
         _Pickler(content).dump((make_env, count))
         self._connection, there = Pipe()
-        command = [sys.executable, "-m", "support.evaluation", str(there.fileno())]
+        command = [sys.executable, "-c", f"from support.evaluation import serve; serve({there.fileno()})"]
         environ = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.curdir for path in sys.path)}
         descriptors: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": 2, "pass_fds": [there.fileno()]}
         with held_signals(), there:
@@ -96,10 +94,8 @@ class _RemoteGroup:
         self._send(content.getvalue())
 
     def _send(self, message: bytes) -> None:
-        try:
+        with suppress(OSError):  # the process has died, which `finish` will say
             self._connection.send_bytes(message)
-        except OSError:
-            raise MachineError("a process that plays evaluation episodes has died") from None
 
     def start(self, method: str, arguments: Sequence[Any]) -> None:
         self._send(pickle.dumps((method, arguments)))
@@ -112,11 +108,10 @@ class _RemoteGroup:
 
     def close(self) -> None:
         self._connection.close()  # at which the process ends
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._process.kill()
+        self._process.wait()
 
 
 def serve(descriptor: int) -> None:
@@ -132,7 +127,7 @@ def serve(descriptor: int) -> None:
                     group.start(*pickle.loads(message))
                 answer = group.finish()
             except (UserError, MachineError) as known:
-                answer = type(known)(str(known))
+                answer = known
             except Exception:
                 trace = traceback.format_exc().rstrip()
                 answer = EpisodeError(f"in a process that plays evaluation episodes:\n{trace}")
@@ -160,8 +155,8 @@ class SideBySide:
             self.close()
             raise
 
-    def _call(self, method: str, arguments: Sequence[Any]) -> list[Any]:
-        """Calls environment i with argument i, if that is not None."""
+    def call(self, method: str, arguments: Sequence[Any]) -> list[Any]:
+        """Calls a method of `_Group` for environment i with argument i; None if that is None."""
         for group, rows in zip(self._groups, self._rows, strict=True):
             group.start(method, [arguments[row] for row in rows if row < len(arguments)])
         return self._finish()
@@ -174,28 +169,9 @@ class SideBySide:
                 raise error
         return [answer for of_group in answers for answer in of_group]
 
-    def reset(self, seeds: Sequence[int]) -> np.ndarray:
-        """First observations (N, ...) of the episodes of these seeds, at most `num_envs`."""
-        self.over = np.zeros(len(seeds), dtype=bool)
-        self.physics_errors: list[str | None] = [None] * len(seeds)
-        self._obs = np.stack(self._call("reset", seeds))
-        return self._obs.copy()
-
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Observations (N, ...), rewards (N,) and which episodes are over (N,); those that were stay as they are.
-
-        Where a simulation has diverged, `physics_errors` says why.
-        """
-        going = [None if over else action for action, over in zip(actions, self.over, strict=True)]
-        rewards = np.zeros(len(going))
-        for index, step in enumerate(self._call("step", going)):
-            if step is not None:
-                self._obs[index], rewards[index], self.over[index], self.physics_errors[index] = step
-        return self._obs.copy(), rewards, self.over.copy()
-
-    def render(self, **kwargs: Any) -> Any:
+    def render(self, **keywords: Any) -> Any:
         """A picture of the first environment."""
-        return self._call("render", [kwargs])[0]
+        return self.call("render", [keywords])[0]
 
     def close(self) -> None:
         """Closes the environments and ends their processes."""
@@ -216,24 +192,23 @@ class Moment(NamedTuple):
 def play(envs: SideBySide, seeds: Sequence[int], act: Callable[[np.ndarray], np.ndarray]) -> Iterator[Moment]:
     """Plays one episode of each seed to its end, in waves of as many as there are environments.
 
-    `act` gives actions (n, A) for observations (n, ...).
+    `act` gives actions (n, A) for observations (n, ...); an episode that is over keeps its last observation.
     """
     returns, lengths = np.zeros(len(seeds)), np.zeros(len(seeds), dtype=int)
     errors: dict[int, str] = {}
     for start in range(0, len(seeds), envs.num_envs):
-        wave = slice(start, start + envs.num_envs)
-        obs = envs.reset(seeds[wave])
+        obs = np.stack(envs.call("reset", seeds[start : start + envs.num_envs]))
+        going = [True] * len(obs)
         yield Moment(obs, returns, lengths, start == 0, errors)
-        while not envs.over.all():
-            going = ~envs.over
-            obs, rewards, _ = envs.step(act(obs))
-            returns[wave] += rewards
-            lengths[wave] += going
-            errors |= {start + index: error for index, error in enumerate(envs.physics_errors) if error is not None}
-            yield Moment(obs, returns, lengths, start == 0 and bool(going[0]), errors)
-
-
-if __name__ == "__main__":
-    from support import evaluation  # under this name the other process knows its errors
-
-    evaluation.serve(int(sys.argv[1]))
+        while any(going):
+            first_moved = start == 0 and going[0]
+            actions = [action if goes else None for action, goes in zip(act(obs), going, strict=True)]
+            obs = obs.copy()
+            for index, step in enumerate(envs.call("step", actions)):
+                if step is not None:
+                    obs[index], reward, over, error = step
+                    returns[start + index] += reward
+                    lengths[start + index] += 1
+                    going[index] = not over
+                    errors |= {} if error is None else {start + index: error}
+            yield Moment(obs, returns, lengths, first_moved, errors)

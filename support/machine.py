@@ -1,4 +1,4 @@
-"""What a machine has: devices, memory, bfloat16, a compiler, ffmpeg. If it lacks some, UserError says what to do."""
+"""What a run needs: a device, memory, a compiler, an environment. If it lacks one, UserError says what to do."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ import math
 import os
 import timeit
 import warnings
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
 
 from errors import UserError
 from frame_stack import frame_channels
+from randomness import random_action
 from replay_buffer import ReplayBuffer, replay_bytes
 from support.prefetch import Prefetched
 
-# Kept free beside the replay: on a GPU for CUDA, the libraries' workspaces and the optimisers' moments.
-GPU_RESERVE = 2 * 10**9
-HOST_RESERVE = 2 * 10**9
+RESERVE = 2 * 10**9  # bytes kept free beside the replay; on a GPU for CUDA, libraries' workspaces, optimisers' moments
 
 
 def cores() -> int:
@@ -36,42 +38,38 @@ def check_device(name: str) -> None:
             raise ValueError("neither cpu nor cuda")
         torch.zeros(1, device=name).add_(1).item()  # launches a kernel, and waits for it
     except (ValueError, RuntimeError, AssertionError) as error:
-        mine = name if ":" in name else f"{name}:0"
-        others = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()) if f"cuda:{index}" != mine)]
         cause = (f"{error}".splitlines() or [type(error).__name__])[0]
-        raise UserError(f"device {name} cannot be used ({cause}); choose {' or '.join(others)}") from error
+        devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        raise UserError(f"device {name} cannot be used ({cause}); this machine has {', '.join(devices)}") from error
 
 
-def check_bf16(device: torch.device, filters: int, hidden_dim: int) -> None:
-    """Refuses bfloat16 where it is slower than float32: asked of a GPU, measured on a CPU.
-
-    `filters` are the channels of the convolutions, 0 if there are none; `hidden_dim` units are in hidden layers.
-    """
-    if device.type == "cuda":
+def check_bf16(device: torch.device | str, num_filters: int, hidden_dim: int) -> None:
+    """Refuses bfloat16 where it is slower than float32: asked of a GPU, measured on a CPU."""
+    if torch.device(device).type == "cuda":
         with torch.cuda.device(device):
             if not torch.cuda.is_bf16_supported(including_emulation=False):
                 name = torch.cuda.get_device_name(device)
                 raise UserError(f"precision bf16 is slow on this GPU ({name}), which only emulates it: leave it out")
-    elif (ratio := bf16_ratio(filters, hidden_dim)) > 1:
+    elif (ratio := bf16_ratio(num_filters, hidden_dim)) > 1:
         raise UserError(
             f"precision bf16 takes {ratio:.1f} times as long as fp32 on this processor, which lacks the instructions "
             "for it (AMX or AVX512-BF16): leave it out"
         )
 
 
-def bf16_ratio(filters: int, hidden_dim: int) -> float:
+def bf16_ratio(num_filters: int, hidden_dim: int) -> float:
     """How many times as long bfloat16 takes as float32: a convolution and a matrix product, on one core of the CPU.
 
     The sizes are a run's, but with few rows and at most the defaults, so that it takes less than a second on processors
     that need ten times as long.
     """
-    filters, units = min(filters, 32), min(hidden_dim, 1024)
+    filters, units = min(num_filters, 32), min(hidden_dim, 1024)
     shapes = ((2, filters, 41, 41), (filters, filters, 3, 3), (32, units), (units, units))
 
     def seconds(dtype: torch.dtype) -> float:
         image, kernel, rows, weight = (torch.ones(shape, dtype=dtype) for shape in shapes)
-        layers = [lambda: F.linear(rows, weight), *([lambda: F.conv2d(image, kernel)] if filters else [])]
-        return min(timeit.repeat(lambda: [layer() for layer in layers], number=1, repeat=3))  # the first one warms up
+        layers = lambda: (F.conv2d(image, kernel), F.linear(rows, weight))  # noqa: E731
+        return min(timeit.repeat(layers, number=1, repeat=3))  # the first one warms up
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # on a busy machine two threads measure how long they wait for each other
@@ -92,14 +90,42 @@ def check_compiler(device: str) -> None:
         raise UserError(f"compile does not work here: {lines.strip().splitlines()[0]}; it needs {needs}") from error
 
 
-def check_ffmpeg(flag: str) -> None:
-    """Refuses videos, which `flag` asks for, if they cannot be encoded."""
+def try_out(env: Any, args: argparse.Namespace, renderer_of: Callable[..., Any]) -> tuple[str, bool] | None:
+    """Plays the first decisions in a spare environment: what fails there must fail before anything is written.
+
+    Returns:
+        The renderer, and whether it is software on the CPU; None if the environment is not a Control Suite task.
+
+    Raises UserError if the agent cannot learn there, or if videos are wanted of an environment that cannot draw.
+    """
+    shape, dtype, actions = env.observation_space.shape, env.observation_space.dtype, env.action_space
+    if len(shape) not in (1, 3) or (len(shape) == 3 and dtype != np.uint8):
+        raise UserError(f"observations must be states (D,) or uint8 pixels (C, H, W), not {dtype} of shape {shape}")
+    box = len(actions.shape or ()) == 1 and hasattr(actions, "low")
+    if not box or (actions.low != -1).any() or (actions.high != 1).any():
+        raise UserError(f"actions must be a Box (A,) from -1 to 1, not {actions}: rescale them in a wrapper")
+    env.reset(seed=args.seed)
+    for step in range(3):
+        env.step(random_action(actions, args.seed, step))
+    pixels = args.encoder_type == "pixel"
+    if args.save_video or (pixels and args.save_tb):
+        check_video(env)
+    return renderer_of(env, pixels or args.save_video)
+
+
+def check_video(env: Any) -> None:
+    """Refuses videos if the environment cannot draw, or if they cannot be encoded."""
+    picture: Any = None
+    with suppress(NotImplementedError):
+        picture = env.render()
+    if np.ndim(picture) != 3:
+        raise UserError("the environment's render() gives no picture (H, W, 3): videos cannot be made of it")
     try:
         import imageio_ffmpeg
 
         imageio_ffmpeg.get_ffmpeg_exe()
     except (ImportError, RuntimeError) as error:
-        raise UserError(f"{flag} needs ffmpeg: pip install imageio[ffmpeg]") from error
+        raise UserError("videos need ffmpeg: pip install imageio[ffmpeg]") from error
 
 
 def free_host_bytes(listing: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
@@ -108,22 +134,14 @@ def free_host_bytes(listing: Path = Path("/proc/self/cgroup"), root: Path = Path
     File pages that the kernel would give up first count as free.
     https://docs.kernel.org/admin-guide/cgroup-v2.html
     """
-    free = int(psutil.virtual_memory().available)
-    lines = listing.read_text().splitlines() if listing.exists() else []
-    own = next((root / line[4:] for line in lines if line.startswith("0::/")), root)
+    free = psutil.virtual_memory().available
+    own = root / (listing.read_text().partition("0::/")[2].strip() if listing.exists() else "")
     for group in (own, *own.parents):
-        try:
+        with suppress(OSError, ValueError, KeyError):  # no such group, or it has no limit
             pages = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
-            left = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-            free = min(free, left + int(pages))
-        except (OSError, ValueError, KeyError):  # no such group, or it has no limit
-            continue
+            used = int((group / "memory.current").read_text()) - int(pages)
+            free = min(free, int((group / "memory.max").read_text()) - used)
     return free
-
-
-def free_gpu_bytes(device: torch.device) -> int:
-    """Memory that is free on a GPU, other processes counted."""
-    return torch.cuda.mem_get_info(device)[0]
 
 
 def update_bytes(batch_size: int, obs_shape: tuple[int, ...], num_layers: int, num_filters: int) -> int:
@@ -135,49 +153,32 @@ def update_bytes(batch_size: int, obs_shape: tuple[int, ...], num_layers: int, n
     return 4 * 4 * batch_size * math.prod(obs_shape[1:]) * num_layers * num_filters if len(obs_shape) == 3 else 0
 
 
-def place_replay(
-    requested: str,
-    device: torch.device,
-    obs_shape: tuple[int, ...],
-    action_shape: tuple[int, ...],
-    capacity: int,
-    frame_channels: int = 3,
-    update_bytes: int = 0,
-) -> torch.device:
-    """The device for a replay's frames. Raises UserError if it does not fit; the message names a capacity that would.
-
-    Args:
-        requested: `cuda`, `cpu`, or `auto`: the GPU if `device`, of the networks, is one and the frames fit there, else
-            host memory.
-        device, obs_shape, action_shape, capacity, frame_channels: of the replay.
-        update_bytes: what an update takes on a GPU.
-    """
-    if requested == "cuda" and device.type != "cuda":
-        raise UserError(f"replay_device cuda needs a GPU for the networks too, but device is {device}")
-    needed = replay_bytes(obs_shape, action_shape, capacity, frame_channels)
-    room: dict[str, int] = {}
-    if requested != "cpu" and device.type == "cuda":
-        # All of the reserve, however small the replay: the networks need as much beside it.
-        room[str(device)] = free_gpu_bytes(device) - GPU_RESERVE - update_bytes
-    if requested != "cuda":
-        room["cpu"] = free_host_bytes() - min(HOST_RESERVE, needed // 10)
-    for place, free in room.items():
-        if needed <= free:
-            return torch.device(place)
-    places = " or ".join("host memory" if place == "cpu" else place for place in room)
-    # Slightly less than would fit: its bytes are nearly, not exactly, proportional to its capacity.
-    fits = max(0, int(0.99 * capacity * max(room.values()) / needed))
-    raise UserError(
-        f"the replay takes {needed / 1e9:.2f} GB for {capacity:,} transitions, more than can be had of {places}: "
-        f"--replay_buffer_capacity {fits} fits"
-    )
-
-
 def make_replay(args: argparse.Namespace, env: Any, device: torch.device) -> Any:
-    """A run's replay, where it fits; one in host memory prefetches for a GPU. Raises UserError if it does not fit."""
+    """A run's replay, on the GPU or in host memory, from where it prefetches for a GPU.
+
+    `device` is that of the networks. Raises UserError if the replay does not fit; the message names a capacity that
+    would.
+    """
+    if args.replay_device == "cuda" and device.type != "cuda":
+        raise UserError(f"replay_device cuda needs a GPU for the networks too, but device is {device}")
+    obs_shape, action_shape, channels = env.observation_space.shape, env.action_space.shape, frame_channels(env)
     capacity = min(args.replay_buffer_capacity, args.num_train_steps)
-    shapes, channels = (env.observation_space.shape, env.action_space.shape), frame_channels(env)
-    reserve = update_bytes(args.batch_size, env.observation_space.shape, args.num_layers, args.num_filters)
-    place = place_replay(args.replay_device, device, *shapes, capacity, channels, reserve)
-    replay = ReplayBuffer(*shapes, capacity, args.batch_size, device, args.seed, channels, place)
+    needed = replay_bytes(obs_shape, action_shape, capacity, channels)
+    room: dict[str, int] = {}  # bytes, by device; the first that has enough is taken
+    if args.replay_device != "cpu" and device.type == "cuda":
+        # All of the reserve, however small the replay: the networks need as much beside it.
+        reserve = RESERVE + update_bytes(args.batch_size, obs_shape, args.num_layers, args.num_filters)
+        room[str(device)] = torch.cuda.mem_get_info(device)[0] - reserve
+    if args.replay_device != "cuda":
+        room["cpu"] = free_host_bytes() - min(RESERVE, needed // 10)
+    place = next((torch.device(name) for name, free in room.items() if needed <= free), None)
+    if place is None:
+        places = " or ".join("host memory" if name == "cpu" else name for name in room)
+        # Slightly less than would fit: its bytes are nearly, not exactly, proportional to its capacity.
+        fits = max(0, int(0.99 * capacity * max(room.values()) / needed))
+        raise UserError(
+            f"the replay takes {needed / 1e9:.2f} GB for {capacity:,} transitions, more than can be had of {places}: "
+            f"--replay_buffer_capacity {fits} fits"
+        )
+    replay = ReplayBuffer(obs_shape, action_shape, capacity, args.batch_size, device, args.seed, channels, place)
     return replay if place.type == device.type else Prefetched(replay)

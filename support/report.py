@@ -56,9 +56,9 @@ def in_bytes(number: int) -> str:
 
 
 class Pace:
-    """Counts updates, and says once how long the run will take, if that is more than an hour."""
+    """Times updates, and says once how long the run will take, if that is more than an hour."""
 
-    WARMUP, TIMED = 5, 20  # updates
+    TIMED = 25  # updates
     WORTH_SAYING = 3600.0  # seconds that are left
 
     def __init__(self, device: torch.device):
@@ -68,27 +68,25 @@ class Pace:
 
     def updates(self, count: int, left: int) -> Iterator[int]:
         """The numbers of the updates of a decision, which the caller makes; `left` decisions are to come after it."""
-        numbers: Iterable[int] = progress(range(count), "first updates") if count > 1 else range(count)
         self._lap(self._rests)
-        for number in numbers:
+        for number in progress(range(count), "first updates") if count > 1 else range(count):
             yield number
             self._lap(self._updates)
-            if not self._said and len(self._updates) >= self.WARMUP + self.TIMED and self._rests:
+            if len(self._updates) >= self.TIMED and self._rests and not self._said:
                 self._said = True
                 self._say(count - number - 1 + left, left)
 
     def _lap(self, seconds: list[float]) -> None:
         """Notes the time since the last call, if there was one."""
-        if self._said:
-            return
-        if self._device.type == "cuda":  # for these few; later nothing waits
-            torch.cuda.synchronize(self._device)
-        before, self._last = self._last, time.perf_counter()
-        seconds += [self._last - before] if before else []
+        if not self._said:
+            if self._device.type == "cuda":  # for these few; later nothing waits
+                torch.cuda.synchronize(self._device)
+            before, self._last = self._last, time.perf_counter()
+            seconds += [self._last - before] if before else []
 
     def _say(self, updates: int, decisions: int) -> None:
-        # Medians: an evaluation or a checkpoint may come between two decisions.
-        update, rest = statistics.median(self._updates[self.WARMUP :]), statistics.median(self._rests)
+        # Medians: an evaluation or a checkpoint may come between two decisions, and the first updates are slow.
+        update, rest = statistics.median(self._updates), statistics.median(self._rests)
         left = updates * update + decisions * rest
         if left >= self.WORTH_SAYING:
             time_left = f"{left / 3600:.1f} hours" if left < 48 * 3600 else f"{left / 86400:.1f} days"
@@ -167,9 +165,3 @@ def one_line(fail: Callable[[str], Any]) -> Iterator[None]:
         if type(error) is not RuntimeError or "DefaultCPUAllocator" not in str(error):
             raise
         fail(str(error))
-
-
-def complain(prog: str, message: str) -> None:
-    """Prints an error in one line."""
-    with suppress(OSError):
-        print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)

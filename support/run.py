@@ -17,8 +17,8 @@ import torch
 from agent import Agent
 from files import write_json, write_tensors, writing
 from randomness import seed_of
-from support import checks, report
-from support.flags import OneLineParser
+from support import report
+from support.flags import OneLineParser, changes
 from support.signals import Stop
 from support.work_dir import INDEX, STATES, WorkDir
 
@@ -69,7 +69,7 @@ class Run:
             lines, logger_state = self._restore(parser)
         else:
             begun = args.resume and work_dir.checkpoint.begun()
-            noted = checks.changes(args, parser, work_dir.checkpoint.read()["args"]) if begun else []
+            noted = changes(args, parser, work_dir.checkpoint.read()["args"]) if begun else []
             lines, logger_state = [*noted, *work_dir.begin(vars(args), args.resume)], None
         before = set(path.glob("tb/*"))
         self.logger = make_logger(state=logger_state)  # checks its files before anything is changed
@@ -101,7 +101,7 @@ class Run:
             now.next_evaluation = (last_end // eval_freq + 1) * eval_freq
         end = f"the run has ended at step {now.step}: more --num_train_steps would take it further"
         last_line = end if self.ended() else f"resuming at step {now.step}"
-        return [*checks.changes(self.args, parser, content["args"]), last_line], content["logger"]
+        return [*changes(self.args, parser, content["args"]), last_line], content["logger"]
 
     def ended(self) -> bool:
         """Whether nothing is left to do."""

@@ -488,7 +488,7 @@ def test_videos_that_cannot_be(runs, tmp_path, capsys, monkeypatch):
         raise RuntimeError("No ffmpeg exe could be found.")
 
     monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", missing)
-    assert_refused(capsys, tmp_path, run, "--video", tmp_path / "b.mp4", words="video needs ffmpeg")
+    assert_refused(capsys, tmp_path, run, "--video", tmp_path / "b.mp4", words="videos need ffmpeg")
 
 
 def test_a_video_that_fails_leaves_nothing(runs, tmp_path, capsys, monkeypatch):

@@ -35,11 +35,14 @@ make_env = functools.partial(
 
 def play(envs, seeds, count=6):
     """Observations, rewards and ends of more steps than an episode has, with actions that depend on what is seen."""
-    record = [envs.reset(seeds)]
+    record, over = [np.stack(envs.call("reset", seeds))], np.zeros(len(seeds), bool)
     for _ in range(count):
-        actions = np.sin(record[-1].reshape(len(seeds), -1).sum(axis=1, keepdims=True))
-        obs, rewards, over = envs.step(actions.astype(np.float32))
-        record += [rewards, over, obs]
+        actions = np.sin(record[-1].reshape(len(seeds), -1).sum(axis=1, keepdims=True)).astype(np.float32)
+        steps = envs.call("step", [None if ended else action for action, ended in zip(actions, over, strict=True)])
+        obs, rewards = record[-1].copy(), np.zeros(len(seeds))
+        for index in np.flatnonzero(~over):
+            obs[index], rewards[index], over[index], _ = steps[index]
+        record += [rewards, over.copy(), obs]
     return record
 
 
@@ -67,8 +70,8 @@ def test_processes_change_nothing(in_this_process, num_workers):
 
 def test_each_episode_is_the_one_of_its_seed():
     envs, alone = SideBySide(make_env, 3, 1), make_env()
-    obs = envs.reset([4, 5, 6])
-    rewards = sum(envs.step(np.full((3, 1), 0.3))[1] for _ in range(4))
+    obs = envs.call("reset", [4, 5, 6])
+    rewards = sum(np.array([step[1] for step in envs.call("step", np.full((3, 1), 0.3))]) for _ in range(4))
     for index, seed in enumerate((4, 5, 6)):
         assert np.array_equal(alone.reset(seed=seed)[0], obs[index])
         assert sum(alone.step(np.full(1, 0.3))[1] for _ in range(4)) == rewards[index]
@@ -96,13 +99,9 @@ class Countdown:
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_episodes_of_different_lengths(num_workers):
     envs = SideBySide(Countdown, 3, num_workers)
-    envs.reset([1, 4, 2])
-    steps = [envs.step(np.zeros((3, 1))) for _ in range(4)]
-    assert [over.tolist() for _, _, over in steps] == [
-        [True, False, False], [True, False, True], [True, False, True], [True, True, True],
-    ]  # fmt: skip
-    assert sum(rewards for _, rewards, _ in steps).tolist() == [1, 4, 2]
-    assert steps[-1][0].tolist() == [[0], [0], [0]]
+    moments = list(evaluation.play(envs, [1, 4, 2], lambda obs: np.zeros((len(obs), 1))))
+    assert [moment.obs[:, 0].tolist() for moment in moments] == [[1, 4, 2], [0, 3, 1], [0, 2, 0], [0, 1, 0], [0, 0, 0]]
+    assert moments[-1].returns.tolist() == moments[-1].lengths.tolist() == [1, 4, 2]
     envs.close()
 
 
@@ -153,11 +152,11 @@ def test_the_number_of_environments_does_not_grow_with_the_episodes(tmp_path, mo
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_errors_arrive_where_they_are_asked_for(num_workers):
     envs = SideBySide(make_env, 2, num_workers)
-    first = envs.reset([1, 2])
+    first = envs.call("reset", [1, 2])
     kind = EpisodeError if num_workers > 1 else ValueError
     with pytest.raises(kind, match="actions are"):
-        envs.step(np.array([[7.0], [0.0]]))
-    assert np.array_equal(envs.reset([1, 2]), first)  # answers stay in step with calls
+        envs.call("step", np.array([[7.0], [0.0]]))
+    assert np.array_equal(envs.call("reset", [1, 2]), first)  # answers stay in step with calls
     envs.close()
 
 
@@ -182,22 +181,22 @@ class Chatty(Countdown):
 
 def test_what_environments_print_does_not_come_between():
     envs = SideBySide(Chatty, 2, 2)
-    envs.reset([3, 9])
-    envs.step(np.zeros((2, 1)))
-    assert envs.step(np.zeros((2, 1)))[0].tolist() == [[1], [7]]
+    envs.call("reset", [3, 9])
+    envs.call("step", np.zeros((2, 1)))
+    assert [obs.tolist() for obs, *_ in envs.call("step", np.zeros((2, 1)))] == [[1], [7]]
     with pytest.raises(MachineError, match="has died"):  # while it answers
-        envs.step(np.zeros((2, 1)))
+        envs.call("step", np.zeros((2, 1)))
     envs.close()
     assert [group._process.returncode for group in envs._groups] == [3, 0]
 
 
 def test_a_dead_process_is_an_error():
     envs = SideBySide(Countdown, 2, 2)
-    envs.reset([1, 2])
+    envs.call("reset", [1, 2])
     envs._groups[1]._process.kill()
     envs._groups[1]._process.wait()
     with pytest.raises(MachineError, match="has died"):
-        envs.step(np.zeros((2, 1)))
+        envs.call("step", np.zeros((2, 1)))
     envs.close()
 
 
@@ -230,7 +229,7 @@ def workers_of(process):
     workers = []
     for child in psutil.Process(process.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if "support.evaluation" in child.cmdline():
+            if "support.evaluation" in " ".join(child.cmdline()):
                 workers.append(child)
     return workers
 

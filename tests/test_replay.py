@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 import replay_buffer
 import replay_files
+import train
 from errors import MachineError, UserError
 from files import unfinished
 from support import machine
@@ -267,51 +269,67 @@ def test_bytes_are_known_before(obs_shape):
     assert replay_buffer.replay_bytes(obs_shape, (6,), 130) == taken == replay.nbytes
 
 
-def test_placement(monkeypatch):
+@pytest.fixture
+def place(monkeypatch):
+    """Where a replay of a run on (9, 84, 84) pixels and 6 actions has its frames, which are not made."""
+    monkeypatch.setattr(machine, "ReplayBuffer", lambda *args: args[-1])
+    monkeypatch.setattr(machine, "Prefetched", lambda place: place)
+    monkeypatch.setattr(machine, "update_bytes", lambda *_: 1000)
+    shapes = {"observation_space": SimpleNamespace(shape=(9, 84, 84)), "action_space": SimpleNamespace(shape=(6,))}
+
+    def place(replay_device, device, capacity=1_000_000):
+        flags = ["--replay_device", replay_device, "--replay_buffer_capacity", str(capacity)]
+        return machine.make_replay(train.make_parser().parse_args(flags), SimpleNamespace(**shapes), device)
+
+    return place
+
+
+GPU, CPU = torch.device("cuda:0"), torch.device("cpu")
+
+
+def test_placement(monkeypatch, place):
     """auto takes the GPU if the frames fit there, else host memory; what does not fit is refused with what would."""
-    size = ((9, 84, 84), (6,), 1_000_000)
-    needed = replay_buffer.replay_bytes(*size)
-    gpu, cpu = torch.device("cuda:0"), torch.device("cpu")
-    free = {"gpu": needed + machine.GPU_RESERVE, "host": needed + machine.HOST_RESERVE}
-    monkeypatch.setattr(machine, "free_gpu_bytes", lambda device: free["gpu"])
+    needed = replay_buffer.replay_bytes((9, 84, 84), (6,), 1_000_000)
+    free = {"gpu": needed + machine.RESERVE + 1000, "host": needed + machine.RESERVE}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["gpu"], 10**12))
     monkeypatch.setattr(machine, "free_host_bytes", lambda: free["host"])
-    assert machine.place_replay("auto", gpu, *size) == gpu
-    assert machine.place_replay("cpu", gpu, *size) == cpu
-    assert machine.place_replay("auto", cpu, *size) == cpu
-    with pytest.raises(ValueError, match="needs a GPU"):
-        machine.place_replay("cuda", cpu, *size)
+    assert place("auto", GPU) == GPU
+    assert place("cpu", GPU) == CPU
+    assert place("auto", CPU) == CPU
+    with pytest.raises(UserError, match="needs a GPU"):
+        place("cuda", CPU)
     free["gpu"] -= 1
-    assert machine.place_replay("auto", gpu, *size) == cpu
-    with pytest.raises(ValueError, match=r"of cuda:0: --replay_buffer_capacity \d+ fits$"):
-        machine.place_replay("cuda", gpu, *size)
+    assert place("auto", GPU) == CPU
+    with pytest.raises(UserError, match=r"of cuda:0: --replay_buffer_capacity \d+ fits$"):
+        place("cuda", GPU)
     free["host"] -= 1
-    for requested, device in (("auto", cpu), ("cpu", gpu)):
-        with pytest.raises(ValueError, match=r"of host memory: --replay_buffer_capacity \d+ fits$"):
-            machine.place_replay(requested, device, *size)
+    for requested, device in (("auto", CPU), ("cpu", GPU)):
+        with pytest.raises(UserError, match=r"of host memory: --replay_buffer_capacity \d+ fits$"):
+            place(requested, device)
     free["host"] //= 2
-    with pytest.raises(ValueError, match=r"of cuda:0 or host memory: --replay_buffer_capacity \d+ fits$"):
-        machine.place_replay("auto", gpu, *size)
+    with pytest.raises(UserError, match=r"of cuda:0 or host memory: --replay_buffer_capacity \d+ fits$"):
+        place("auto", GPU)
     free["host"] = 0
-    with pytest.raises(ValueError, match=r"capacity 0 fits$"):
-        machine.place_replay("auto", cpu, *size)
+    with pytest.raises(UserError, match=r"capacity 0 fits$"):
+        place("auto", CPU)
 
 
-def test_small_replays_need_no_large_reserve(monkeypatch):
+def test_small_replays_need_no_large_reserve(monkeypatch, place):
     """In host memory; on a GPU the networks beside them need it."""
     monkeypatch.setattr(machine, "free_host_bytes", lambda: 10**8)
-    monkeypatch.setattr(machine, "free_gpu_bytes", lambda device: machine.GPU_RESERVE)
-    for device in ("cpu", "cuda"):
-        assert machine.place_replay("auto", torch.device(device), (9, 84, 84), (6,), 1000) == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (machine.RESERVE, 10**12))
+    for device in (CPU, GPU):
+        assert place("auto", device, 1000) == CPU
 
 
 @pytest.mark.parametrize("capacity", [100, 1000, 123_456])
-def test_the_capacity_that_is_named_fits(monkeypatch, capacity):
+def test_the_capacity_that_is_named_fits(monkeypatch, place, capacity):
     monkeypatch.setattr(machine, "free_host_bytes", lambda: 10**6 * capacity // 50)
     with pytest.raises(UserError) as error:
-        machine.place_replay("cpu", torch.device("cpu"), (9, 84, 84), (6,), capacity)
+        place("cpu", CPU, capacity)
     named = int(re.search(r"capacity (\d+) fits", str(error.value))[1])
     assert 0.7 * capacity < named < capacity
-    assert machine.place_replay("cpu", torch.device("cpu"), (9, 84, 84), (6,), named) == torch.device("cpu")
+    assert place("cpu", CPU, named) == CPU
 
 
 @pytest.mark.parametrize(
