@@ -20,7 +20,6 @@ from typing import NoReturn
 import numpy as np
 import torch
 
-import dmc2gym
 import train
 from errors import MachineError, UserError
 from files import read_json
@@ -129,7 +128,7 @@ class Evaluation:
         flags.save_video, flags.save_tb = self.video is not None, False
         make_env = partial(train.make_env, flags, flags.seed)
         with contextlib.closing(make_env()) as env:
-            try_out(env, flags, dmc2gym.renderer_of)
+            try_out(env, flags)
             self.agent = train.make_agent(flags, env.observation_space.shape, env.action_space.shape)
         try:
             if (self.folder / "checkpoint.json").exists():

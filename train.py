@@ -226,7 +226,8 @@ def open_run(args: argparse.Namespace, parser: OneLineParser, resources: ExitSta
     set_seed_everywhere(args.seed)
     make = functools.partial(make_env, args, args.seed)
     with closing(make()) as spare:
-        renderer = try_out(spare, args, dmc2gym.renderer_of)
+        try_out(spare, args)
+        renderer = dmc2gym.renderer_of(spare, drawn=args.encoder_type == "pixel" or args.save_video)
     env = resources.enter_context(closing(make()))
     agent = make_agent(args, env.observation_space.shape, env.action_space.shape)
     run = Run(args, env, agent, make_replay(args, env, agent.device))

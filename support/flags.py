@@ -138,10 +138,9 @@ def parse_run(parser: OneLineParser, argv: Sequence[str] | None) -> argparse.Nam
     args = parser.parse_args(argv)
     checkpoint = WorkDir(Path(args.work_dir)).checkpoint
     if args.resume and args.work_dir and checkpoint.begun():
-        given, then = parser.given(argv), checkpoint.read()["args"]
-        for name, kind in parser.resume.items():
-            if kind in ("fixed", "free") and name not in given and name in then:
-                setattr(args, name, then[name])
+        then = checkpoint.read()["args"].items()
+        kept = {name: value for name, value in then if parser.resume.get(name) in ("fixed", "free")}
+        args = parser.parse_args(argv, argparse.Namespace(**kept))
     return args
 
 

@@ -7,7 +7,6 @@ import math
 import os
 import timeit
 import warnings
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -90,11 +89,8 @@ def check_compiler(device: str) -> None:
         raise UserError(f"compile does not work here: {lines.strip().splitlines()[0]}; it needs {needs}") from error
 
 
-def try_out(env: Any, args: argparse.Namespace, renderer_of: Callable[..., Any]) -> tuple[str, bool] | None:
+def try_out(env: Any, args: argparse.Namespace) -> None:
     """Plays the first decisions in a spare environment: what fails there must fail before anything is written.
-
-    Returns:
-        The renderer, and whether it is software on the CPU; None if the environment is not a Control Suite task.
 
     Raises UserError if the agent cannot learn there, or if videos are wanted of an environment that cannot draw.
     """
@@ -107,10 +103,8 @@ def try_out(env: Any, args: argparse.Namespace, renderer_of: Callable[..., Any])
     env.reset(seed=args.seed)
     for step in range(3):
         env.step(random_action(actions, args.seed, step))
-    pixels = args.encoder_type == "pixel"
-    if args.save_video or (pixels and args.save_tb):
+    if args.save_video or (args.save_tb and args.encoder_type == "pixel"):
         check_video(env)
-    return renderer_of(env, pixels or args.save_video)
 
 
 def check_video(env: Any) -> None:

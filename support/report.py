@@ -21,7 +21,6 @@ from tqdm import tqdm
 from errors import MachineError, UserError
 from support.machine import cores
 from support.signals import show
-from support.work_dir import existing_part
 
 # Action repeats of the published results (paper, table 2).
 PUBLISHED_REPEATS = {
@@ -114,7 +113,7 @@ def describe(run: Any, renderer: tuple[str, bool] | None) -> Iterator[str]:
     place = "in host memory" if replay.frames.device.type == "cpu" else f"on {replay.frames.device}"
     size, folder = in_bytes(replay.nbytes), run.work_dir.checkpoint.folder
     yield f"replay: {size} {place} for {replay.capacity:,} transitions"
-    free = shutil.disk_usage(existing_part(folder)).free
+    free = shutil.disk_usage(folder).free
     yield f"checkpoints: up to {size} in {folder}, {in_bytes(free)} free"
     if args.save_buffer:
         yield f"saved replay: up to {size} more in {run.work_dir.path / 'buffer'}"
