@@ -266,7 +266,6 @@ def carry_out(run: Run, prog: str) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     parser = make_parser()
-    parser.parse_args(argv)  # reports errors of single flags first
     with report.one_line(parser.complain), ExitStack() as resources:
         with report.one_line(parser.error):
             args = parse_run(parser, argv)

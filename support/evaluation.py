@@ -37,28 +37,31 @@ class EpisodeError(RuntimeError):
 class _Group:
     """Some environments in this process."""
 
-    def __init__(self, make_env: Callable[[], Any], count: int):
-        self._envs = [make_env() for _ in range(count)]
+    def __init__(self) -> None:
+        self._envs: list[Any] = []
         self._answers: list[Any] = []
 
     def start(self, method: str, arguments: Sequence[Any]) -> None:
-        """Calls a method of this class with each argument that is not None, argument i with environment i."""
-        pairs, call = zip(self._envs, arguments, strict=False), getattr(self, method)
-        self._answers = [None if argument is None else call(env, argument) for env, argument in pairs]
+        """Calls a method of this class for environment i with argument i, unless that is None."""
+        call = getattr(self, method)
+        self._answers = [None if value is None else call(index, value) for index, value in enumerate(arguments)]
 
     def finish(self) -> list[Any] | Exception:
         """The values of the last calls, or the error of another process."""
         return self._answers
 
-    def reset(self, env: Any, seed: int) -> np.ndarray:
-        return env.reset(seed=seed)[0]
+    def make(self, _index: int, make_env: Callable[[], Any]) -> None:
+        self._envs.append(make_env())
 
-    def step(self, env: Any, action: np.ndarray) -> tuple[np.ndarray, float, bool, str | None]:
-        obs, reward, terminated, truncated, info = env.step(action)
+    def reset(self, index: int, seed: int) -> np.ndarray:
+        return self._envs[index].reset(seed=seed)[0]
+
+    def step(self, index: int, action: np.ndarray) -> tuple[np.ndarray, float, bool, str | None]:
+        obs, reward, terminated, truncated, info = self._envs[index].step(action)
         return obs, float(reward), bool(terminated or truncated), info.get("physics_error")
 
-    def render(self, env: Any, keywords: dict[str, Any]) -> Any:
-        return env.render(**keywords)
+    def render(self, index: int, keywords: dict[str, Any]) -> Any:
+        return self._envs[index].render(**keywords)
 
     def close(self) -> None:
         for env in self._envs:
@@ -82,23 +85,19 @@ class _RemoteGroup:
     half of the memory.
     """
 
-    def __init__(self, make_env: Callable[[], Any], count: int):
-        content = io.BytesIO()
-        _Pickler(content).dump((make_env, count))
+    def __init__(self) -> None:
         self._connection, there = Pipe()
         command = [sys.executable, "-c", f"from support.evaluation import serve; serve({there.fileno()})"]
         environ = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.curdir for path in sys.path)}
         descriptors: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": 2, "pass_fds": [there.fileno()]}
         with held_signals(), there:
             self._process = subprocess.Popen(command, env=environ, **descriptors)
-        self._send(content.getvalue())
-
-    def _send(self, message: bytes) -> None:
-        with suppress(OSError):  # the process has died, which `finish` will say
-            self._connection.send_bytes(message)
 
     def start(self, method: str, arguments: Sequence[Any]) -> None:
-        self._send(pickle.dumps((method, arguments)))
+        message, pickler = io.BytesIO(), _Pickler if method == "make" else pickle.Pickler  # which is faster
+        pickler(message).dump((method, arguments))
+        with suppress(OSError):  # the process has died, which `finish` will say
+            self._connection.send_bytes(message.getvalue())
 
     def finish(self) -> list[Any] | Exception:
         try:
@@ -115,16 +114,13 @@ class _RemoteGroup:
 
 
 def serve(descriptor: int) -> None:
-    """Answers a `_RemoteGroup` until that closes its connection. The first message makes the environments."""
-    group, answer = None, None
+    """Answers a `_RemoteGroup` until that closes its connection."""
+    group, answer = _Group(), None
     with Connection(descriptor) as connection, suppress(EOFError, ConnectionError):
         while True:
             message = connection.recv_bytes()
             try:
-                if group is None:
-                    group = _Group(*pickle.loads(message))
-                else:
-                    group.start(*pickle.loads(message))
+                group.start(*pickle.loads(message))
                 answer = group.finish()
             except (UserError, MachineError) as known:
                 answer = known
@@ -132,8 +128,7 @@ def serve(descriptor: int) -> None:
                 trace = traceback.format_exc().rstrip()
                 answer = EpisodeError(f"in a process that plays evaluation episodes:\n{trace}")
             connection.send(answer)
-    if group is not None:
-        group.close()
+    group.close()
 
 
 class SideBySide:
@@ -145,23 +140,17 @@ class SideBySide:
     def __init__(self, make_env: Callable[[], Any], num_envs: int, num_workers: int):
         self.num_envs = num_envs
         self._rows = np.array_split(np.arange(num_envs), min(num_workers, num_envs))
-        kind = _RemoteGroup if len(self._rows) > 1 else _Group
-        self._groups: list[Any] = []
+        self._groups: list[Any] = [_RemoteGroup() for _ in self._rows] if len(self._rows) > 1 else [_Group()]
         try:
-            for rows in self._rows:
-                self._groups.append(kind(make_env, len(rows)))
-            self._finish()  # the environments are made
+            self.call("make", [make_env] * num_envs)
         except BaseException:
             self.close()
             raise
 
     def call(self, method: str, arguments: Sequence[Any]) -> list[Any]:
-        """Calls a method of `_Group` for environment i with argument i; None if that is None."""
+        """Calls a method of `_Group` for environment i with argument i, unless that is None. Returns the values."""
         for group, rows in zip(self._groups, self._rows, strict=True):
             group.start(method, [arguments[row] for row in rows if row < len(arguments)])
-        return self._finish()
-
-    def _finish(self) -> list[Any]:
         # Every group's answer is taken before any error is raised, or later calls would get answers to earlier ones.
         answers = [group.finish() for group in self._groups]
         for error in answers:
