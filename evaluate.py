@@ -27,7 +27,7 @@ from settings import Count, Precision
 from support import report
 from support.evaluation import MAX_ENVS, SideBySide, play
 from support.flags import OneLineParser, number, user_path
-from support.machine import check_bf16, check_device, check_ffmpeg, cores, try_out
+from support.machine import check_bf16, check_device, cores, try_out
 from support.signals import Stop, Stopped
 from support.work_dir import Checkpoint, check_folder
 from video import write_video
