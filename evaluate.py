@@ -114,8 +114,6 @@ class Evaluation:
     """
 
     def __init__(self, args: argparse.Namespace, words: list[str]):
-        if not args.work_dir:
-            raise UserError("work_dir is empty: name a folder")
         self.folder, self.step = find_models(Path(args.work_dir), args.step)
         self.flags = flags = training_flags(Path(args.work_dir), words)
         check_device(args.device)

@@ -120,6 +120,8 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, exclusive
 
 def user_path(text: str) -> str:
     """An argparse type: a path that the system accepts; `~` is expanded, as a shell does where it stands alone."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: name a file or a folder")
     expanded = os.path.expanduser(text)  # noqa: PTH111  # which leaves `./log` as it is
     try:
         os.lstat(expanded)
@@ -137,7 +139,7 @@ def parse_run(parser: OneLineParser, argv: Sequence[str] | None) -> argparse.Nam
     """
     args = parser.parse_args(argv)
     checkpoint = WorkDir(Path(args.work_dir)).checkpoint
-    if args.resume and args.work_dir and checkpoint.begun():
+    if args.resume and checkpoint.begun():
         then = checkpoint.read()["args"].items()
         kept = {name: value for name, value in then if parser.resume.get(name) in ("fixed", "free")}
         args = parser.parse_args(argv, argparse.Namespace(**kept))
@@ -148,8 +150,6 @@ def check_run(args: argparse.Namespace, parser: OneLineParser) -> None:
     """Refuses flags that contradict each other, the folder or the machine. Raises UserError, which says what to do."""
     if args.replay_buffer_capacity < args.batch_size:
         raise UserError(f"replay_buffer_capacity must be at least batch_size, {args.batch_size}")
-    if not args.work_dir:
-        raise UserError("work_dir is empty: name a folder")
     if args.resume and args.overwrite:
         raise UserError("resume and overwrite exclude each other: continue the run, or start a new one?")
     if args.save_tb and args.work_dir.encode("utf-8", "replace") != os.fsencode(args.work_dir):

@@ -230,7 +230,7 @@ def test_a_checkpoint_serves_where_no_models_were_saved(run, capsys):
 def test_folders_without_models(tmp_path, capsys):
     (tmp_path / "file").touch()
     (tmp_path / "run" / "model").mkdir(parents=True)
-    assert_refused(capsys, tmp_path, "", words="work_dir is empty")
+    assert_refused(capsys, tmp_path, "", words="work_dir: is empty")
     assert_refused(capsys, tmp_path, tmp_path / "none", words=(tmp_path / "none", "is not a folder"))
     assert_refused(capsys, tmp_path, tmp_path / "file", words=(tmp_path / "file", "is not a folder"))
     assert_refused(capsys, tmp_path, tmp_path / "run", words=(tmp_path / "run", "holds no models", "--save_model"))

@@ -396,7 +396,7 @@ def test_impossible_folders_are_refused(tmp_path, capsys, monkeypatch):
     assert_refused(tmp_path / "file", capsys, [], "is not a folder")
     assert_refused(tmp_path / "file" / "below", capsys, [], "is not a folder")
     assert_refused(tmp_path / (300 * "x"), capsys, [], "cannot be used")
-    assert_refused("", capsys, [], "work_dir is empty")
+    assert_refused("", capsys, [], "--work_dir: is empty")
     assert_refused("/proc/new", capsys, SMALL, "")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     assert_refused(tmp_path / "link", capsys, [], "is not a folder")
