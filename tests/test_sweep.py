@@ -68,7 +68,7 @@ def test_flags_after_the_dashes():
     (["--", "--seed=7", "--work_dir", "x"], "--seed, --work_dir after --"),
     (["--gpus_per_run", "1.5"], "a fraction or a whole number"),
     (["--cpus_per_run", "0"], "must be at least 0.0001"),
-    (["--address", "auto"], "there is no Ray cluster at auto"),
+    (["--address", "nowhere"], "there is no Ray cluster at nowhere"),
 ])  # fmt: skip
 def test_bad_input(tmp_path, capsys, flags, words):
     with pytest.raises(SystemExit) as exit_:
@@ -78,6 +78,16 @@ def test_bad_input(tmp_path, capsys, flags, words):
     assert words in error
     assert error.count("\n") == 1
     assert not (tmp_path / "sweep").exists()
+
+
+def test_no_cluster(tmp_path, capsys, monkeypatch):
+    """As Ray tells it, which would find any cluster on this machine, or wait for one that has left its address."""
+
+    def init(*_, **__):
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr(ray, "init", init)
+    test_bad_input(tmp_path, capsys, ["--address", "auto"], "there is no Ray cluster at auto: Could not find any")
 
 
 def test_more_than_any_node_has_is_refused(tmp_path, capsys, monkeypatch):
