@@ -189,4 +189,6 @@ def _load_moments(optimizer: Optimizer, state: dict[int, dict[str, Any]]) -> Non
         for key, value in moments.items():
             # A new one takes the parameter's own layout in memory.
             like = parameter if value.shape == parameter.shape else value
-            held.setdefault(key, torch.empty_like(like, dtype=value.dtype, device=parameter.device)).copy_(value)
+            if key not in held:
+                held[key] = torch.empty_like(like, dtype=value.dtype, device=parameter.device)
+            held[key].copy_(value)

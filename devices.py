@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 
 
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device.
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor as it is or, for a GPU, its copy in pinned memory.
 
-    From pinned memory a copy is queued at once; from other memory it may wait for all kernels before it. PyTorch keeps
-    the pinned memory until the copy is made. https://docs.pytorch.org/tutorials/intermediate/pinmem_nonblock.html
+    From there a `non_blocking` copy is queued at once; from other memory it may wait for all kernels before it. PyTorch
+    keeps the pinned memory until the copy is made. https://docs.pytorch.org/tutorials/intermediate/pinmem_nonblock.html
     """
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device."""
+    return pinned(tensor, device).to(device, non_blocking=True)

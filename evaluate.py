@@ -74,16 +74,21 @@ def find_models(work_dir: Path, step: int | None) -> tuple[Path, int]:
     raise UserError(f"{work_dir} holds no models (actor_STEP.pt, ...): train.py writes them with --save_model")
 
 
+def args_file(work_dir: Path) -> Path | None:
+    """The run's args.json: in its folder, also if `work_dir` is the folder `model` in it. None if there is none."""
+    folder = work_dir.absolute()
+    folders = [folder, folder.parent] if folder.name == "model" else [folder]
+    return next((path for path in (folder / "args.json" for folder in folders) if path.exists()), None)
+
+
 def training_flags(work_dir: Path, words: list[str]) -> argparse.Namespace:
     """The flags that the models were trained with: those of the run's args.json, if there is one, and `words`.
 
     Raises UserError if args.json is not from train.py.
     """
-    parser, path = train.make_parser(), work_dir.absolute() / "args.json"
+    parser, path = train.make_parser(), args_file(work_dir)
     flags = parser.parse_args(words)
-    if not path.exists() and path.parent.name == "model":
-        path = path.parent.parent / "args.json"
-    if not path.exists():
+    if path is None:
         return flags
 
     def fail(message: str) -> NoReturn:
@@ -134,7 +139,12 @@ class Evaluation:
             else:
                 self.agent.load(self.folder, self.step)
         except UserError as error:
-            raise UserError(f"{error}; without an args.json give the flags that it was trained with") from error
+            known, hint = args_file(Path(args.work_dir)), ""
+            if known is None:
+                hint = "; without an args.json give the flags that it was trained with"
+            elif words:
+                hint = f"; the flags given replace those of {known}"
+            raise UserError(f"{error}{hint}") from error
         self.seeds = [episode_seed(args.seed, episode) for episode in range(args.episodes)]
         self.envs, self.stop = SideBySide(make_env, min(args.episodes, MAX_ENVS), args.eval_workers), Stop()
         self.seen: list[tuple[np.ndarray, np.ndarray]] = []  # scene and observation

@@ -174,8 +174,10 @@ class Record:
 
     def listed(self) -> set[Path]:
         """The writer's files, whether they are there or not."""
-        names = self._list.read_text().splitlines() if self._list.exists() else []
-        return {self.path / name for name in names if name}
+        if not self._list.exists():
+            return set()
+        with reading(self._list):
+            return {self.path / name for name in self._list.read_text().splitlines() if name}
 
     def claim(self, *paths: Path) -> None:
         """Lists files that are about to be written. Raises UserError if one is there and is not listed."""

@@ -7,11 +7,13 @@ from support import signals
 if __name__ == "__main__":
     signals.start_program()
 
+import hashlib
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ FREE = {  # flags that may differ among averaged runs
 }
 COLUMNS = ["task", "method", "seed", "environment steps", "return", "deviation between episodes", "commit"]
 FILES = ("curves.png", "curves.svg", "scores.md", "scores.csv", "evaluations.csv")
-LIST = ".plot_files"  # names those of FILES in its folder that are this program's, which may replace them
+LIST = ".plot_files"  # the checksums of FILES in its folder, as this program wrote them: it replaces no others
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError)  # by damaged files
 matplotlib.rcParams["svg.hashsalt"] = "curves"  # the same runs give the same file
 
@@ -136,7 +138,8 @@ def curve(runs: pd.DataFrame) -> pd.DataFrame:
     runs = runs[runs["end"] >= runs["end"].max() / 2]  # a shorter one would cut the curve short
     returns = runs.pivot(index="environment steps", columns="run", values="return")
     shared = returns.interpolate(method="index", limit_area="inside").dropna()
-    return pd.DataFrame([estimate([row]) for row in shared.to_numpy()], shared.index, ["mean", "low", "high"])
+    means = [estimate([row]) for row in shared.to_numpy()]
+    return pd.DataFrame(means, shared.index, ["mean", "low", "high"], dtype=float)
 
 
 def scores_at(runs: pd.DataFrame, budget: int) -> np.ndarray:
@@ -210,7 +213,7 @@ def table(evaluations: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
 
 
 def make_files(folder: Path, evaluations: pd.DataFrame, published: pd.DataFrame) -> None:
-    """Writes FILES and their LIST into an empty folder."""
+    """Writes FILES into an empty folder."""
     figure, scores = draw(evaluations, published), table(evaluations, published)
     figure.savefig(folder / "curves.png", dpi=150)
     figure.savefig(folder / "curves.svg", metadata={"Date": None})
@@ -218,7 +221,15 @@ def make_files(folder: Path, evaluations: pd.DataFrame, published: pd.DataFrame)
     (folder / "scores.md").write_text("".join(f"| {' | '.join(row)} |\n" for row in rows))
     scores.to_csv(folder / "scores.csv", index=False)
     evaluations.to_csv(folder / "evaluations.csv", columns=COLUMNS, index=False, na_rep="nan")
-    (folder / LIST).write_text("".join(f"{name}\n" for name in FILES))
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Returns the lines of LIST, name and SHA-256, of those of FILES that can be read."""
+    lines = {}
+    for name in FILES:
+        with suppress(OSError):
+            lines[name] = f"{name} {hashlib.sha256((folder / name).read_bytes()).hexdigest()}"
+    return lines
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -237,16 +248,20 @@ def main(argv: list[str] | None = None) -> int:
     if evaluations.empty:
         parser.error("there is no run to draw")
     try:
-        mine = (out / LIST).read_text(errors="replace").split() if (out / LIST).exists() else []
-        if others := [name for name in FILES if os.path.lexists(out / name) and name not in mine]:
-            what = f"files that plot.py has not written ({', '.join(others)})"
+        mine = (out / LIST).read_text(errors="replace").splitlines() if (out / LIST).exists() else []
+        old = checksums(out)
+        if others := [name for name in FILES if os.path.lexists(out / name) and old.get(name) not in mine]:
+            what = f"files that plot.py has not written, or that were changed since ({', '.join(others)})"
             parser.error(f"--out {out} holds {what}: move them away, or choose another folder")
         for line in notes(evaluations):
             print(line, file=sys.stderr)
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".plot.", dir=out) as folder:  # so that files appear whole
             make_files(Path(folder), evaluations, published)
-            for name in (LIST, *FILES):  # the list first, or an interrupted call would leave files of nobody
+            # The list comes first, with both old and new files: an interrupted call leaves some of either.
+            lines = [*old.values(), *checksums(Path(folder)).values()]
+            (Path(folder) / LIST).write_text("".join(f"{line}\n" for line in lines))
+            for name in (LIST, *FILES):
                 (Path(folder) / name).replace(out / name)
         signals.show((out / "scores.md").read_text().rstrip())
     except OSError as error:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import replay_files
-from devices import send
+from devices import pinned, send
 from randomness import generator
 
 Shape = tuple[int, ...]
@@ -130,7 +130,7 @@ class ReplayBuffer:
                 # On a GPU the copy is queued behind the update that may be running.
                 slot = self.frames[self.frames_added % len(self.frames)]
                 stored = torch.frombuffer(bytearray(frame), dtype=slot.dtype).view(slot.shape)
-                slot.copy_(send(stored, slot.device))
+                slot.copy_(pinned(stored, slot.device), non_blocking=True)
                 self.frames_added += 1
             ids.append(self.frames_added - 1)
         return ids

@@ -38,6 +38,7 @@ class ReplayFiles:
     def __init__(self, replay: ReplayBuffer):
         self._replay = weakref.proxy(replay)  # in a circle its memory would only be freed by the garbage collector
         self._chunks: dict[Path, list[Chunk]] = {}  # written so far, by folder
+        self._loaded: set[Path] = set()  # folders read, whose record does not list what is in them yet
 
     def save(self, folder: Path, record: Record | None = None) -> None:
         """Writes what is new, and the index; see `ReplayBuffer.save`.
@@ -53,11 +54,14 @@ class ReplayFiles:
 
     def _own_record(self, folder: Path) -> Record:
         """The record of a folder that this replay was saved to, or loaded from, or that holds no other replay."""
-        record, chunks = Record(folder, LIST), self._chunks.get(folder.resolve())
-        if chunks is not None:
-            record.note(folder / INDEX, *(folder / chunk.name for chunk in chunks))
-        elif others := [path for path in folder.glob("*") if path.name == INDEX or CHUNK.fullmatch(path.name)]:
-            raise UserError(f"{others[0]} belongs to another replay: save to an empty folder")
+        record, at = Record(folder, LIST), folder.resolve()
+        if at in self._loaded:
+            record.note(folder / INDEX, *(folder / chunk.name for chunk in self._chunks[at]))
+            self._loaded.remove(at)
+        elif at not in self._chunks:
+            if others := [path for path in folder.glob("*") if path.name == INDEX or CHUNK.fullmatch(path.name)]:
+                raise UserError(f"{others[0]} belongs to another replay: save to an empty folder")
+            self._chunks[at] = []
         return record
 
     def load(self, folder: Path) -> None:
@@ -115,6 +119,7 @@ class ReplayFiles:
             _, _, _, next_obs, _ = replay.gather(np.array([replay.transitions_added - 1]))
             replay.last_obs = replay.split(next_obs[0].cpu().numpy())
         self._chunks[folder.resolve()] = chunks
+        self._loaded.add(folder.resolve())
 
     def _shapes(self) -> list[list[int]]:
         """Shapes of frames, frame numbers and actions, as JSON has them."""

@@ -33,7 +33,8 @@ from errors import UserError
 from replay_buffer import replay_bytes
 from settings import Count, Rate, Weight
 from support import report
-from support.flags import OneLineParser, check_resumed, number, parse_run, user_path
+from support.checks import check_resumed, parse_run
+from support.flags import OneLineParser, number, user_path
 from support.run import Progress
 from support.signals import HANGUP, Stop, held_signals
 from support.work_dir import WorkDir

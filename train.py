@@ -26,9 +26,10 @@ from randomness import random_action, seed_of
 from sac_ae import SacAeAgent
 from settings import Count, Weight
 from support import report
+from support.checks import check_run, parse_run
 from support.cuda_graph import Graphs
 from support.evaluation import MAX_ENVS, SideBySide, play
-from support.flags import OneLineParser, check_run, number, parse_run, settings_of, user_path
+from support.flags import OneLineParser, number, settings_of, user_path
 from support.machine import cores, make_replay, try_out
 from support.run import Progress, Run
 from support.signals import Stopped

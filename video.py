@@ -10,7 +10,7 @@ import imageio.v3 as iio
 import numpy as np
 
 from errors import MachineError
-from files import write_atomically, writing
+from files import write_atomically
 from support.signals import held_signals
 
 
@@ -56,7 +56,8 @@ class VideoRecorder:
 def write_video(path: Path, frames: Iterable[np.ndarray], fps: int = 30, overwrite: bool = True) -> None:
     """Writes pictures (H, W, 3), uint8, as an mp4, in a folder that is made if it is missing.
 
-    The file appears whole or not at all. An odd last row or column is cut, because the format has none.
+    The file appears whole or not at all. An odd last row or column is cut, because the format has none. All pictures
+    are held in memory, and signals wait until they are encoded.
 
     Raises:
         MachineError: it cannot be written, or is there and must not be overwritten.
@@ -74,8 +75,6 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: int = 30, overwri
         raise MachineError(f"video {path}: ffmpeg cannot write its temporary file; is the disk full?") from error
     if path.exists() and not overwrite:
         raise MachineError(f"{path} exists already, and is not overwritten")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content)
 
 

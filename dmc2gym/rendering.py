@@ -47,7 +47,8 @@ def render_on(device: str) -> None:
     if kind != "cuda" or os.environ.get("MUJOCO_GL") != "egl" or "MUJOCO_EGL_DEVICE_ID" in os.environ:
         return
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # numbers, or names that EGL does not know
-    number = visible.split(",")[int(index or 0)] if visible else index
+    names = visible.split(",") if visible else []
+    number = (names[int(index or 0) :] or [""])[0] if names else index
     if number.isdecimal() and number != "0" and _works("egl", MUJOCO_EGL_DEVICE_ID=number):  # 0 is EGL's own choice
         _choose("MUJOCO_EGL_DEVICE_ID", number)
 

@@ -22,7 +22,12 @@ _UNLIMITED = 1e10  # dm_control's limit of an actuator that has none (mjMAXVAL)
 
 
 def make(domain_name: str, task_name: str, seed: int = 1, *, episode_length: int = 1000, **options: Any) -> gym.Env:
-    """Makes a `DMCWrapper`, whose keywords `options` are, with a limit of environment steps, in whole decisions."""
+    """Makes a `DMCWrapper`, whose keywords `options` are, with a limit of environment steps, in whole decisions.
+
+    Raises ValueError if the limit is less than 1.
+    """
+    if episode_length < 1:
+        raise ValueError(f"episode_length must be at least 1, got {episode_length}")
     env = DMCWrapper(domain_name, task_name, seed, **options)
     return TimeLimit(env, max_episode_steps=math.ceil(episode_length / env.frame_skip))
 
@@ -116,7 +121,8 @@ class DMCWrapper(gym.Env):
     ):
         if (domain_name, task_name) not in task_names():
             wanted, names = f"{domain_name} {task_name}", [" ".join(names) for names in task_names()]
-            close = ", ".join(difflib.get_close_matches(wanted, names, n=5, cutoff=0.4)) or "none"
+            in_domain = [name for name in names if name.startswith(f"{domain_name} ")]
+            close = ", ".join(in_domain or difflib.get_close_matches(wanted, names, cutoff=0.4)) or "none"
             raise UserError(f"the Control Suite has no task {wanted}; close ones: {close}")
         if frame_skip < 1:
             raise ValueError(f"frame_skip must be at least 1, got {frame_skip}")
@@ -144,7 +150,7 @@ class DMCWrapper(gym.Env):
         """Starts an episode. A seed alone determines it; only LQR's springs come from the seed of `make`.
 
         Returns observation and info, as `step` does. Raises dm_control's PhysicsError if the simulation diverges at
-        once, twice, and RendererError if pixels are observed and nothing can render.
+        once, ten times, and RendererError if pixels are observed and nothing can render.
         """
         super().reset(seed=seed)
         if seed is not None:
@@ -152,9 +158,13 @@ class DMCWrapper(gym.Env):
         # Quadruped escape asks for a renderer, to tell it the new terrain. One that starts later sees it anyway.
         self.physics._make_rendering_contexts = lambda: None  # hides the class's method
         try:
-            time_step = self._env.reset()
-        except PhysicsError:
-            time_step = self._env.reset()
+            for attempts_left in reversed(range(10)):
+                try:
+                    time_step = self._env.reset()
+                    break
+                except PhysicsError:
+                    if not attempts_left:
+                        raise
         finally:
             del self.physics._make_rendering_contexts
         self._last = self._observe(time_step)

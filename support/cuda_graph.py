@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from agent import Agent, Metrics
-from devices import send
+from devices import pinned
 
 WARMUP = 3  # calls of a kind before its capture, in which libraries choose algorithms and take their workspaces
 
@@ -58,7 +58,7 @@ class Capture:
     def __call__(self, *arguments: Tensor) -> Tensor:
         """The function's value; a new tensor at each call."""
         for mine, argument in zip(self._arguments, arguments, strict=True):
-            mine.copy_(send(argument, mine.device))
+            mine.copy_(pinned(argument, mine.device), non_blocking=True)
         self._graph.replay()
         return self._result.clone()
 

@@ -18,7 +18,8 @@ from agent import Agent
 from files import write_json, write_tensors, writing
 from randomness import seed_of
 from support import report
-from support.flags import OneLineParser, changes
+from support.checks import changes
+from support.flags import OneLineParser
 from support.signals import Stop
 from support.work_dir import INDEX, STATES, WorkDir
 
@@ -73,7 +74,8 @@ class Run:
             lines, logger_state = [*noted, *work_dir.begin(vars(args), args.resume)], None
         before = set(path.glob("tb/*"))
         self.logger = make_logger(state=logger_state)  # checks its files before anything is changed
-        work_dir.note(*set(path.glob("tb/*")) - before)
+        # A copy of the folder may lack the list of the run's files, but its checkpoint names those that belong to it.
+        work_dir.note(*set(path.glob("tb/*")) - before, *work_dir.checkpoint.files())
         write_json(path / "args.json", dict(sorted(vars(args).items())))
         start = report.provenance(self.agent.device) | {"step": self.progress.step}
         with writing(path / "starts.log"), (path / "starts.log").open("a") as file:

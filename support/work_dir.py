@@ -65,6 +65,14 @@ class Checkpoint:
         """Writes the index, atomically."""
         write_index(self.index, {"version": VERSION, "args": args} | content)
 
+    def files(self) -> list[Path]:
+        """The files that belong to the checkpoint, its index among them."""
+        content = self.read()
+        names = (
+            [content["state"][0], *(chunk[0] for chunk in content["replay"]["chunks"])] if content["progress"] else []
+        )
+        return [self.index, *(self.folder / name for name in names)]
+
     def tensors(self, device: torch.device) -> dict[str, Any]:
         """Its tensors, on the device. Raises UserError if a file is missing or damaged; the message names it."""
         name, crc32 = self.read()["state"]
@@ -106,7 +114,8 @@ class WorkDir(Record):
 
     def _strangers(self) -> list[str]:
         """Names of files that the run has not written, but a new run would have to overwrite."""
-        found = {path for pattern in ("*", "*/*") for path in self.path.glob(pattern) if not path.is_dir()}
+        patterns = ("*", *(f"{folder}/*" for folder in FOLDERS))
+        found = {path for pattern in patterns for path in self.path.glob(pattern) if not path.is_dir()}
         return sorted(filter(NAMES.fullmatch, (str(path.relative_to(self.path)) for path in found - self.listed())))
 
     def lock(self) -> IO[str]:

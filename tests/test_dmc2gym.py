@@ -437,6 +437,7 @@ def test_states_work_and_pixels_name_the_variable_that_the_user_set(chosen):
         ("cuda", "3", {"3"}, "3"),
         ("cuda", "3", set(), None),  # a container hides the others
         ("cuda:1", "GPU-8a,GPU-9b", {"0", "1"}, None),
+        ("cuda:7", "2,5", {"7"}, None),
         ("cuda", None, {"0"}, None),
         ("cpu", "3", {"3"}, None),
     ],
@@ -510,7 +511,7 @@ def test_a_simulation_that_diverges_ends_the_episode(make, from_pixels, frame_sk
         assert "physics_error" not in got[4]
 
 
-@pytest.mark.parametrize(("failures", "works"), [(1, True), (2, False)])
+@pytest.mark.parametrize(("failures", "works"), [(1, True), (9, True), (10, False)])
 def test_a_simulation_that_diverges_at_a_reset_is_reset_again(make, failures, works):
     from dm_control.rl.control import PhysicsError
 

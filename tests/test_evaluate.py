@@ -141,13 +141,21 @@ def test_the_same_as_in_training(runs, monkeypatch, method, step):
 
 
 def test_a_run_in_bfloat16_is_played_in_it(runs, run, monkeypatch):
-    """However slow that is on this processor."""
-    monkeypatch.setattr(machine, "bf16_ratio", lambda *_: 10.6)
+    monkeypatch.setattr(machine, "bf16_ratio", lambda *_: 0.5)
     flags = json.loads((run / "args.json").read_text())
     (run / "args.json").write_text(json.dumps(flags | {"precision": "bf16"}))
     in_bf16 = play(run, "--episodes", 2)
     assert in_bf16 == play(runs / "sac_ae", "--episodes", 2, "--precision", "bf16")
     assert in_bf16 != play(run, "--episodes", 2, "--precision", "fp32") == play(runs / "sac_ae", "--episodes", 2)
+
+
+def test_bfloat16_is_refused_where_it_is_slower(runs, run, capsys, monkeypatch):
+    monkeypatch.setattr(machine, "bf16_ratio", lambda *_: 10.6)
+    with pytest.raises(SystemExit) as exit_:
+        evaluate.main([str(runs / "sac_ae"), "--precision", "bf16", *CPU])
+    assert exit_.value.code == 2
+    assert "takes 10.6 times as long" in capsys.readouterr().err
+    assert len(play(runs / "sac_ae", "--episodes", 1, "--precision", "fp32")) == 1
 
 
 def test_a_simulation_that_diverges_ends_an_episode(runs, capsys, monkeypatch):
@@ -222,7 +230,7 @@ def test_a_checkpoint_serves_where_no_models_were_saved(run, capsys):
     assert_refused(capsys, run, run, "--step", "20", words="checkpoint holds no models of step 20; close ones: 30")
     state = next((run / "checkpoint").glob("state_*.pt"))
     state.write_bytes(state.read_bytes()[:100])
-    assert_refused(capsys, run, run, words=(state, "its content has changed"))
+    assert_refused(capsys, run, run, words=(state, "its content has changed\n"))  # and no advice about flags
     (run / "checkpoint" / "checkpoint.json").write_text("{}")
     assert_refused(capsys, run, run, words="checkpoint.json is damaged, or was not written by this program")
 
@@ -292,7 +300,8 @@ def test_flags_override_the_runs(runs, capsys):
     assert play(folder, *MODEL_FLAGS, "--episodes", 2) == want  # these say the same
     flags = evaluate.training_flags(folder, ["--action_repeat", "100"])
     assert (flags.action_repeat, flags.hidden_dim) == (100, 32)
-    assert_refused(capsys, folder, folder, "--hidden_dim", 64, words="trunk.0.weight has shape (32, 50)")
+    words = ("trunk.0.weight has shape (32, 50)", "the flags given replace those of", "args.json")
+    assert_refused(capsys, folder, folder, "--hidden_dim", 64, words=words)
 
 
 @pytest.mark.parametrize(

@@ -292,8 +292,28 @@ def test_files_of_others_are_not_overwritten(tmp_path, capsys, name, kind):
     with pytest.raises(SystemExit) as exit_:
         plot.main([str(run), "--out", str(out)])
     assert exit_.value.code == 2
-    assert f"files that plot.py has not written ({name})" in capsys.readouterr().err
+    assert f"files that plot.py has not written, or that were changed since ({name})" in capsys.readouterr().err
     assert {path.name: path.is_file() and path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_file_that_the_user_has_changed_is_not_overwritten(tmp_path, capsys):
+    run, out = make_run(tmp_path / "run", [0, 1]), tmp_path / "out"
+    assert [plot.main([str(run), "--out", str(out)]) for _ in range(2)] == [0, 0]
+    (out / "scores.md").write_text("mine")
+    with pytest.raises(SystemExit):
+        plot.main([str(run), "--out", str(out)])
+    assert "(scores.md)" in capsys.readouterr().err
+    assert (out / "scores.md").read_text() == "mine"
+
+
+def test_runs_without_a_common_step_are_drawn(tmp_path):
+    """The early lines of one are gone."""
+    for seed, steps in ((1, (0, 50, 100)), (2, (150, 200))):
+        folder = make_run(tmp_path / "runs" / str(seed), [1.0] * len(steps), seed=seed)
+        lines = [json.dumps({"step": step, "episode_reward": 1.0}) + "\n" for step in steps]
+        (folder / "eval.log").write_text("".join(lines))
+    assert plot.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "curves.png").exists()
 
 
 @pytest.mark.parametrize("begun", [False, True])
@@ -322,7 +342,7 @@ def test_a_list_of_files_that_is_damaged(tmp_path, capsys):
     (out / plot.LIST).write_bytes(b"\xff")
     with pytest.raises(SystemExit):
         plot.main([str(run), "--out", str(out)])
-    assert "has not written (curves.png, " in capsys.readouterr().err
+    assert "changed since (curves.png, " in capsys.readouterr().err
 
 
 def test_an_interrupted_drawing_leaves_the_files_as_they_were(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+from contextlib import suppress
 from types import SimpleNamespace
 from unittest import mock
 
@@ -21,7 +22,7 @@ import replay_buffer
 import replay_files
 import train
 from errors import MachineError, UserError
-from files import unfinished
+from files import unfinished, write_tensors
 from support import machine
 from support.prefetch import Prefetched
 from utils import ReplayBuffer
@@ -659,6 +660,39 @@ def test_saves_delete_only_what_the_replay_has_written(tmp_path):
     loaded, _ = make_both(20)
     loaded.load(tmp_path)
     assert loaded.transitions_added == 40
+
+
+@pytest.mark.parametrize("name", ["0_10.pt", "replay.json"])
+def test_another_folder_under_the_same_name_is_not_the_replays(tmp_path, name):
+    """Its own was moved away, and someone else's files lie there now."""
+    replay = saved_replay(tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / "b")
+    path = their_file(tmp_path / "a" / name)
+    for transition in Episodes(5, 3).play(50):  # which drives out the first chunk
+        replay.add(*transition)
+        with suppress(UserError):
+            replay.save(tmp_path / "a")
+    assert path.read_bytes() == b"theirs"
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_a_first_save_that_failed_can_be_made_again(tmp_path, monkeypatch, failing):
+    replay = saved_replay(tmp_path / "a")
+    calls = iter(range(1, 100))
+
+    def fail(*args):
+        if next(calls) == failing:
+            raise MachineError("no space left on device")
+        return write_tensors(*args)
+
+    monkeypatch.setattr(replay_files, "MAX_CHUNK", 10)
+    with monkeypatch.context() as patch, pytest.raises(MachineError, match="no space"):
+        patch.setattr(replay_files, "write_tensors", fail)
+        replay.save(tmp_path / "b")
+    replay.save(tmp_path / "b")
+    loaded, _ = make_both(100)
+    loaded.load(tmp_path / "b")
+    assert loaded.transitions_added == 60
 
 
 def test_what_a_killed_save_leaves_goes_with_the_next(tmp_path):

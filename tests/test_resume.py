@@ -534,6 +534,29 @@ def test_what_is_put_in_the_way_of_a_run_stays(tmp_path, monkeypatch, capsys, na
     assert train.main([*flags, "--resume"]) == 0
 
 
+def test_a_copy_without_the_list_of_files_goes_on(tmp_path, ended):
+    """As `cp -r log/* copy` makes one: checkpoints replace each other there as in the run itself."""
+    folder = tmp_path / "log"
+    shutil.copytree(ended[0], folder)
+    (folder / ".run_files").unlink()
+    more = ["--num_train_steps", "300", "--checkpoint_freq", "25", "--resume", "--work_dir", str(folder)]
+    assert train.main([*RUN, *more]) == 0
+    held = [path.name for path in (folder / "checkpoint").glob("state_*.pt")]
+    assert len(held) == 1
+
+
+def test_a_damaged_list_of_files_is_named(tmp_path, ended, capsys):
+    folder = tmp_path / "log"
+    shutil.copytree(ended[0], folder)
+    (folder / ".run_files").write_bytes(b"\xff\xfe")
+    with pytest.raises(SystemExit) as exit_:
+        train.main([*RUN, "--num_train_steps", "300", "--resume", "--work_dir", str(folder)])
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert ".run_files is damaged" in error
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
 @pytest.mark.parametrize("kind", ["authors", "no list"])
 def test_a_run_of_another_program_stays(tmp_path, ended, capsys, kind, flag):

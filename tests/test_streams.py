@@ -162,6 +162,10 @@ def test_a_home_folder_is_expanded(run, tmp_path):
     assert made == {"there", "x", "videos", "plots"}
     result = run_program("sweep.py", "--tasks", "cartpole_swingup", "--work_dir=~/s", "--dry_run", **home)
     assert f"--work_dir {tmp_path}/s/" in result.stdout
+    result = run_program("train.py", "--work_dir=~nobody_of_that_name/x")
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "no such user: ~nobody_of_that_name" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ import train
 from errors import MachineError, UserError
 from randomness import generator
 from support import machine, report
-from support.flags import check_run, parse_run
+from support.checks import check_run, parse_run
 from support.work_dir import FOLDERS, LOGS
 from utils import FrameStack, ReplayBuffer
 from video import write_video
@@ -448,7 +448,8 @@ def test_videos_survive_signals_to_all_processes(tmp_path):
     sender = threading.Thread(target=send, daemon=True)
     sender.start()
     write_video(tmp_path / "video.mp4", (np.full((256, 256, 3), index, np.uint8) for index in range(200)))
-    sender.join()
+    sender.join(timeout=60)
+    assert sent
     assert len(iio.imread(tmp_path / "video.mp4")) == 200
 
 
