@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import platform
 import sys
 import tempfile
 import time
@@ -186,6 +187,7 @@ def bench_train(kind: str, args: argparse.Namespace) -> Results:
         plain = make_agents(kind)[1].train(env, make_replay(kind, PlainReplay))
         now, begin_episode = run.progress, run.begin_episode
         now.next_evaluation = sys.maxsize
+        run.logger.check_losses = lambda: None  # not at the end of each call, which would wait for a GPU
         run.begin_episode = lambda: run.obs if now.actions else begin_episode()  # a call continues the episode
 
         def two_decisions() -> None:
@@ -243,8 +245,11 @@ def main(argv: list[str] | None = None) -> None:
         if args.command == "count":
             roofline.show(args.gpu, {kind: OBS[kind].shape for kind in kinds}, ACTION_SHAPE, BATCH_SIZE)
             return
-        processor = {"instructions": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
-        results: Results = {"machine": report.provenance(DEVICE) | processor}
+        cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        names = [line.partition(": ")[2] for line in cpuinfo.splitlines() if line.startswith("model name")]
+        about = {"processor": names[0] if names else platform.machine(), "threads": torch.get_num_threads()}
+        about["instructions"] = torch.backends.cpu.get_cpu_capability()
+        results: Results = {"machine": report.provenance(DEVICE) | about}
         report.show(json.dumps(results["machine"]))
         for name in benches if args.command == "all" else [args.command]:
             for kind in kinds:
