@@ -139,6 +139,8 @@ class Agent:
                 check_alike(state[part], mine[part])
             if state["optimizers"].keys() != mine["optimizers"].keys():
                 raise ValueError("it has other optimisers")
+            for name, optimizer in self.optimizers.items():
+                _check_moments(name, optimizer, state["optimizers"][name])
         except ValueError as error:
             raise UserError(f"the checkpoint is of another agent than this code's: {error}") from None
         for name, network in self.networks.items():
@@ -178,11 +180,22 @@ class Agent:
         self.log_alpha.copy_(target.get("log_alpha", self.log_alpha))
 
 
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _check_moments(name: str, optimizer: Optimizer, state: dict[int, dict[str, Any]]) -> None:
+    """Raises ValueError if a state is not of this optimiser's parameters."""
+    shapes = dict(enumerate(parameter.shape for parameter in _parameters(optimizer)))
+    for index, moments in state.items():
+        if any(value.dim() and value.shape != shapes.get(index) for value in moments.values()):
+            raise ValueError(f"{name} trains other parameters")
+
+
 def _load_moments(optimizer: Optimizer, state: dict[int, dict[str, Any]]) -> None:
     """Copies an optimiser's moments in place, by parameter: a CUDA graph uses their memory."""
-    mine = dict(optimizer.state)
+    mine, parameters = dict(optimizer.state), _parameters(optimizer)
     optimizer.state.clear()
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, moments in state.items():
         parameter = parameters[index]
         optimizer.state[parameter] = held = mine.get(parameter, {})

@@ -7,14 +7,19 @@ from typing import Any
 import numpy as np
 
 
+def sequence(seed: int, purpose: str, *numbers: int) -> np.random.SeedSequence:
+    """The seed sequence of these numbers. Different purposes never share one."""
+    return np.random.SeedSequence((seed, *numbers), spawn_key=tuple(purpose.encode()))
+
+
 def generator(seed: int, purpose: str, *numbers: int) -> np.random.Generator:
-    """A new generator for these numbers. Different purposes never share one."""
-    return np.random.default_rng(np.random.SeedSequence((seed, *numbers), spawn_key=tuple(purpose.encode())))
+    """A new generator."""
+    return np.random.default_rng(sequence(seed, purpose, *numbers))
 
 
 def seed_of(seed: int, purpose: str, *numbers: int) -> int:
     """A seed for an episode."""
-    return int(generator(seed, purpose, *numbers).bit_generator.seed_seq.generate_state(1)[0])
+    return int(sequence(seed, purpose, *numbers).generate_state(1)[0])
 
 
 def random_action(space: Any, seed: int, step: int) -> np.ndarray:

@@ -60,11 +60,11 @@ class ReplayBuffer:
         self.capacity, self.batch_size, self.seed = capacity, batch_size, seed
         self.nbytes = replay_bytes(obs_shape, action_shape, capacity, frame_channels)  # of memory, full or empty
         arrays = storage(obs_shape, action_shape, capacity, frame_channels)
-        # Zero-fill now, so that a lack of memory shows at the start. (np.zeros would take it page by page, later.)
-        shape, dtype = arrays.pop("frames")
-        self.frames = torch.empty(shape, dtype=dtype, device=frames_device).zero_()
-        fields = (torch.empty(shape, dtype=dtype).zero_().numpy() for shape, dtype in arrays.values())
-        self.frame_ids, self.actions, self.rewards, self.not_dones = fields
+        self.frames = filled(*arrays["frames"], frames_device)
+        self.frame_ids = filled(*arrays["frame_ids"]).numpy()
+        self.actions = filled(*arrays["actions"]).numpy()
+        self.rewards = filled(*arrays["rewards"]).numpy()
+        self.not_dones = filled(*arrays["not_dones"]).numpy()
         self.num_stacked = self.frame_ids.shape[1] // 2
         # Numbers count from the start and never wrap; number n is stored at index n % length of its ring.
         self.frames_added = self.transitions_added = 0
@@ -211,6 +211,11 @@ def storage(
         "rewards": ((capacity, 1), torch.float32),
         "not_dones": ((capacity, 1), torch.float32),
     }
+
+
+def filled(shape: Shape, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """A tensor filled with zeros now, so that a lack of memory shows at the start; torch.zeros may take it later."""
+    return torch.empty(shape, dtype=dtype, device=device).zero_()
 
 
 def replay_bytes(obs_shape: Shape, action_shape: Shape, capacity: int, frame_channels: int = 3) -> int:

@@ -214,7 +214,12 @@ class SacAeAgent(Agent):
 
     @torch.no_grad()
     def reconstruct(self, obs: np.ndarray) -> np.ndarray:
-        """The decoder's image (N, C, H, W) of observations (N, C, H, W), both uint8 pixels."""
+        """The decoder's image (N, C, H, W) of observations (N, C, H, W), both uint8 pixels.
+
+        Raises RuntimeError if there is no decoder.
+        """
+        if self.decoder is None:
+            raise RuntimeError("there is no decoder: this agent was made with decoder_type identity")
         with layers_in(self.settings.precision, self.device):
             image = self.decoder(self.critic.encoder(self.to_network_input(torch.from_numpy(obs))))
         return ((image + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
@@ -270,8 +275,11 @@ class SacAeAgent(Agent):
     def decoder_loss(self, obs: Tensor, hidden: Tensor) -> Tensor:
         """Reconstruction loss with penalised features (paper, equation 4).
 
-        The penalty of the decoder's weights, lambda_theta, is the weight decay of `decoder_optimizer`.
+        `hidden` is the output of the critic's convolutions for obs, or obs itself. The penalty of the decoder's
+        weights, lambda_theta, is the weight decay of `decoder_optimizer`. Raises RuntimeError if there is no decoder.
         """
+        if self.decoder is None:
+            raise RuntimeError("there is no decoder to train: this agent was made with decoder_type identity")
         feature = self.critic.encoder(hidden)
         latent_loss = 0.5 * feature.pow(2).sum(1).mean()
         reconstruction_loss = F.mse_loss(self.decoder(feature), preprocess_obs(obs))

@@ -104,16 +104,22 @@ def try_out(env: Any, args: argparse.Namespace) -> None:
     for step in range(3):
         env.step(random_action(actions, args.seed, step))
     if args.save_video or (args.save_tb and args.encoder_type == "pixel"):
-        check_video(env)
+        check_picture(env)
+    if args.save_video:
+        check_ffmpeg()
 
 
-def check_video(env: Any) -> None:
-    """Refuses videos if the environment cannot draw, or if they cannot be encoded."""
+def check_picture(env: Any) -> None:
+    """Refuses videos if the environment cannot draw."""
     picture: Any = None
     with suppress(NotImplementedError):
         picture = env.render()
     if np.ndim(picture) != 3:
         raise UserError("the environment's render() gives no picture (H, W, 3): videos cannot be made of it")
+
+
+def check_ffmpeg() -> None:
+    """Refuses video files if they cannot be encoded."""
     try:
         import imageio_ffmpeg
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from decoder import make_decoder
 from encoder import IdentityEncoder, PixelEncoder, conv_output_shape, make_encoder, tie_weights
+from errors import UserError
 from sac_ae import Actor, SacAeAgent, gaussian_logprob, squash, weight_init
 from utils import module_hash
 
@@ -133,6 +134,23 @@ def test_without_a_decoder():
     agent = make_small_agent(decoder_type="identity")
     assert agent.decoder is None
     assert "train_ae/ae_loss" not in agent.update(OneBatch(random_batch()), Recorder(), 0)
+    with pytest.raises(RuntimeError, match="no decoder"):
+        agent.update_decoder(random_batch()[0].float())
+    with pytest.raises(RuntimeError, match="no decoder"):
+        agent.reconstruct(random_batch()[0].to(torch.uint8).numpy())
+
+
+@pytest.mark.parametrize("count", [2, 100])
+def test_an_optimiser_of_other_parameters_is_refused_before_anything_is_loaded(count):
+    """Of fewer, or of the same in another order."""
+    agent, other = make_small_agent(), make_small_agent()
+    agent.update(OneBatch(random_batch()), Recorder(), 0)
+    parameters = list(other.actor.parameters())[::-1][:count]
+    other.actor_optimizer = other.adam(parameters, 1e-3)
+    before = module_hash(other.actor)
+    with pytest.raises(UserError, match="actor_optimizer trains other parameters"):
+        other.load_state_dict(agent.state_dict())
+    assert module_hash(other.actor) == before
 
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(6, 4, 3), nn.Conv2d(4, 6, 3), nn.ConvTranspose2d(4, 6, 3, stride=2)])
