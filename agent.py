@@ -56,6 +56,13 @@ class Agent:
         """Trained tensors outside modules, such as `log_alpha`, by attribute name; not the networks' parameters."""
         return {name: tensor for name, tensor in self._held(Tensor).items() if tensor.requires_grad}
 
+    def check_optimizers(self) -> None:
+        """Raises TypeError if an optimiser trains a tensor that no attribute holds: saved states would lack it."""
+        held = {*self.parameters.values()}.union(*(network.parameters() for network in self.networks.values()))
+        for name, optimizer in self.optimizers.items():
+            if not held.issuperset(_parameters(optimizer)):
+                raise TypeError(f"{name} trains what is in no attribute: put networks in an nn.ModuleList, not a list")
+
     def adam(self, params: Iterable[Tensor], lr: float, beta1: float = 0.9, weight_decay: float = 0) -> Adam:
         """A fused Adam: one kernel updates all parameters, and a CUDA graph can hold it."""
         on_gpu = self.device.type == "cuda"

@@ -60,7 +60,9 @@ def find_models(work_dir: Path, step: int | None) -> tuple[Path, int]:
     Raises UserError if there are none.
     """
     if not work_dir.is_dir():
-        raise UserError(f"{work_dir} is not a folder: name a run's folder, or a folder of models")
+        raise UserError(
+            f"{work_dir} is not a folder: first name a run's folder, or a folder of models; flags come after it"
+        )
     checkpoint = Checkpoint(work_dir / "checkpoint")
     for folder in (work_dir / "model", work_dir, checkpoint.folder):
         steps = {int(match[1]) for path in folder.glob("*") if (match := MODEL_FILE.fullmatch(path.name))}
@@ -145,6 +147,7 @@ class Evaluation:
             elif words:
                 hint = f"; the flags given replace those of {known}"
             raise UserError(f"{error}{hint}") from error
+        self.agent.train(False)
         self.seeds = [episode_seed(args.seed, episode) for episode in range(args.episodes)]
         self.envs, self.stop = SideBySide(make_env, min(args.episodes, MAX_ENVS), args.eval_workers), Stop()
         self.seen: list[tuple[np.ndarray, np.ndarray]] = []  # scene and observation
@@ -211,8 +214,7 @@ def main(argv: list[str] | None = None) -> int:
                 write_video(evaluation.video, evaluation.frames(), overwrite=False)
                 report.show(f"video: {evaluation.video}")
         except Stopped:
-            print(f"{parser.prog}: interrupted", file=sys.stderr)
-            return 128 + (stop.number or 0)
+            return stop.exit_status(parser.prog)
         return 0
     return 1
 

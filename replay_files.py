@@ -104,7 +104,10 @@ class ReplayFiles:
             raise UserError(f"{folder} holds a replay of shapes {index['shapes']}, not {self._shapes()}")
         stored, frames = index["transitions_added"] - index["oldest"], index["frames_added"] - index["first_frame"]
         if stored > replay.capacity or frames > len(replay.frames):
-            raise UserError(f"{folder} holds {stored} transitions, more than this replay of {replay.capacity} can")
+            room = f"{replay.capacity} and {len(replay.frames)}"
+            raise UserError(
+                f"{folder} holds {stored} transitions with {frames} frames, but this replay has room for {room}"
+            )
         for chunk in chunks:
             content = read_tensors(folder / chunk.name, chunk.crc32)
             # Older frames of the chunk may not fit into this ring: they are not needed.

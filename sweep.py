@@ -206,9 +206,9 @@ def table(runs: list[Run]) -> Group:
     return Group(title, rows)
 
 
-def carry_out(runs: list[Run], args: argparse.Namespace, console: Console) -> int | None:
-    """Has Ray run what waits, and shows how far it is. Returns the signal that has stopped it, or None."""
-    stop, reported, tasks = Stop(), time.monotonic(), dict[Any, Run]()
+def carry_out(runs: list[Run], args: argparse.Namespace, console: Console, stop: Stop) -> None:
+    """Has Ray run what waits, and shows how far it is, until a signal stops it."""
+    reported, tasks = time.monotonic(), dict[Any, Run]()
     with stop.listen():
         try:
             for run in (run for run in runs if run.state == "waits"):
@@ -234,12 +234,11 @@ def carry_out(runs: list[Run], args: argparse.Namespace, console: Console) -> in
                 ray.wait(list(tasks), num_returns=len(tasks), timeout=120)
             for run in tasks.values():
                 run.state = "done" if run.ended() else "waits"
-    return stop.number
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    parser, console, stopped_by = make_parser(), Console(markup=False, highlight=False), None
+    parser, console, stop = make_parser(), Console(markup=False, highlight=False), Stop()
     args = parser.parse_args(argv)
     with report.one_line(parser.error):
         runs = make_runs(args)
@@ -253,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
         if waiting:
             with report.one_line(parser.error):
                 start_ray(args, max(waiting, key=lambda run: run.memory))
-            stopped_by = carry_out(runs, args, console)
+            carry_out(runs, args, console, stop)
         console.print(table(runs))
     except OSError as error:  # stdout is full or gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python fails once more when it exits
@@ -264,10 +263,8 @@ def main(argv: list[str] | None = None) -> int:
     failed = [run for run in runs if run.state == "failed"]
     for run in failed:
         print(run.outcome, *run.printed()[-5:], sep="\n    ", file=sys.stderr)
-    if stopped_by is not None:
-        name = signal.Signals(stopped_by).name
-        print(f"{parser.prog}: stopped by {name}: the same command continues it", file=sys.stderr)
-        return 128 + stopped_by
+    if stop.number is not None:
+        return stop.exit_status(parser.prog, ": the same command continues it")
     return 1 if failed else 0
 
 

@@ -9,7 +9,6 @@ if __name__ == "__main__":
 
 import argparse
 import functools
-import signal
 import sys
 import time
 from contextlib import ExitStack, closing
@@ -33,7 +32,7 @@ from support.flags import OneLineParser, number, settings_of, user_path
 from support.machine import cores, make_replay, try_out
 from support.run import Progress, Run
 from support.signals import Stopped
-from utils import FrameStack, set_seed_everywhere
+from utils import FrameStack, eval_mode, set_seed_everywhere
 from video import VideoRecorder
 
 AGENTS: dict[str, type[SacAeAgent]] = {"sac_ae": SacAeAgent}
@@ -87,7 +86,7 @@ def make_parser() -> OneLineParser:
 
 
 def make_env(args: argparse.Namespace, seed: int) -> Any:
-    """The only place that makes an environment: any gym 0.26 or Gymnasium one, of pixels (C, H, W) or states (D,).
+    """The only place that makes an environment: any gym 0.26 or Gymnasium one, of pixels (3, H, W) or states (D,).
 
     Its episodes must depend on the seed of `reset` alone, or resumed runs differ from those that never stopped.
     """
@@ -108,6 +107,7 @@ def make_agent(args: argparse.Namespace, obs_shape: tuple[int, ...], action_shap
     kind = AGENTS[args.agent]
     settings = {name: getattr(args, name) for name in settings_of([kind])}
     agent = kind(obs_shape, action_shape, args.device, **settings)
+    agent.check_optimizers()
     if args.cuda_graph == "auto" and agent.device.type == "cuda":
         Graphs(agent, report.say)
     return agent
@@ -123,15 +123,15 @@ def train(run: Run) -> None:
     args, agent, env, replay, logger, now = run.args, run.agent, run.env, run.replay, run.logger, run.progress
     while True:
         if now.evaluation_due():
-            evaluate(run)
+            with eval_mode(agent):
+                evaluate(run)
             now.next_evaluation = (now.step // args.eval_freq + 1) * args.eval_freq
         if now.step >= args.num_train_steps:
             break
         if run.checkpoint_due():
             run.save_checkpoint()
-        obs, over, start_time = run.begin_episode(), False, time.perf_counter() - now.seconds
+        obs, over = run.begin_episode(), False
         while not over and now.step < args.num_train_steps:
-            now.seconds = time.perf_counter() - start_time
             run.stop.check()
             if now.action is None:  # a resumed run may hold one: a signal came during the updates that follow it
                 if now.step < args.init_steps:
@@ -141,10 +141,11 @@ def train(run: Run) -> None:
             # The update precedes the environment step: its batch lacks this transition; a GPU works during the step.
             # No updates during the random decisions; then a burst of one for each, all at this step, so that actor and
             # target train in all or none of them, as in the authors' script; then one update a decision.
-            owed = now.step - now.updates if now.step >= args.init_steps else 0
-            for _ in run.pace.updates(owed, left=args.num_train_steps - now.step - 1):  # yields `owed` times
+            owed = range(now.step - now.updates if now.step >= args.init_steps else 0)
+            for _ in report.progress(owed, "first updates") if len(owed) > 1 else owed:
                 agent.update(replay, logger, now.step)
                 now.updates += 1
+                run.pace.lap(left=args.num_train_steps - 1 - now.updates)
                 run.stop.check()
             next_obs, reward, terminated, truncated, info = env.step(now.action)
             # A time limit (truncated) is not a terminal state: the target still bootstraps.
@@ -157,8 +158,8 @@ def train(run: Run) -> None:
             if "physics_error" in info:
                 logger.log("train/physics_errors", 1, now.step)
                 report.warn_of_divergence(f"step {now.step}", info["physics_error"])
-        now.seconds = time.perf_counter() - start_time
         if over:
+            now.seconds = time.perf_counter() - run.episode_start
             log_episode(logger, now, args.action_repeat)
             now.episode, now.actions, now.episode_return, now.seconds = now.episode + 1, [], 0.0, 0.0
     logger.check_losses()  # of the last episode, if it was cut short
@@ -256,9 +257,7 @@ def carry_out(run: Run, prog: str) -> int:
         run.save_checkpoint()
     except Stopped:
         run.save_checkpoint()
-        name = signal.Signals(run.stop.number or 0).name
-        print(f"{prog}: stopped by {name} at step {run.progress.step}: --resume continues it", file=sys.stderr)
-        return 128 + (run.stop.number or 0)
+        return run.stop.exit_status(prog, f" at step {run.progress.step}: --resume continues it")
     step, environment_steps = run.progress.step, run.progress.step * run.args.action_repeat
     report.show(f"done: {step:,} decisions, {environment_steps:,} environment steps; all is in {run.work_dir.path}")
     return 0

@@ -94,9 +94,9 @@ def try_out(env: Any, args: argparse.Namespace) -> None:
 
     Raises UserError if the agent cannot learn there, or if videos are wanted of an environment that cannot draw.
     """
-    shape, dtype, actions = env.observation_space.shape, env.observation_space.dtype, env.action_space
-    if len(shape) not in (1, 3) or (len(shape) == 3 and dtype != np.uint8):
-        raise UserError(f"observations must be states (D,) or uint8 pixels (C, H, W), not {dtype} of shape {shape}")
+    shape, dtype, actions = env.observation_space.shape or (), env.observation_space.dtype, env.action_space
+    if len(shape) != 1 and not (len(shape) == 3 and dtype == np.uint8 and frame_channels(env) == 3):
+        raise UserError(f"observations must be states (D,) or uint8 frames (3, H, W), not {dtype} of shape {shape}")
     box = len(actions.shape or ()) == 1 and hasattr(actions, "low")
     if not box or (actions.low != -1).any() or (actions.high != 1).any():
         raise UserError(f"actions must be a Box (A,) from -1 to 1, not {actions}: rescale them in a wrapper")

@@ -6,7 +6,6 @@ import importlib.metadata
 import platform
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -55,43 +55,29 @@ def in_bytes(number: int) -> str:
 
 
 class Pace:
-    """Times updates, and says once how long the run will take, if that is more than an hour."""
+    """Times a run's first updates, and says once how long those that are left take, if that is more than an hour."""
 
     TIMED = 25  # updates
-    WORTH_SAYING = 3600.0  # seconds that are left
+    WORTH_SAYING = 3600.0  # seconds
 
     def __init__(self, device: torch.device):
-        self._device, self._last, self._said = device, 0.0, False
-        self._updates: list[float] = []  # seconds of each
-        self._rests: list[float] = []  # seconds from the updates of a decision to those of the next
+        self._device = device
+        self._times: list[float] = []  # when updates ended
 
-    def updates(self, count: int, left: int) -> Iterator[int]:
-        """The numbers of the updates of a decision, which the caller makes; `left` decisions are to come after it."""
-        self._lap(self._rests)
-        for number in progress(range(count), "first updates") if count > 1 else range(count):
-            yield number
-            self._lap(self._updates)
-            if len(self._updates) >= self.TIMED and self._rests and not self._said:
-                self._said = True
-                self._say(count - number - 1 + left, left)
-
-    def _lap(self, seconds: list[float]) -> None:
-        """Notes the time since the last call, if there was one."""
-        if not self._said:
-            if self._device.type == "cuda":  # for these few; later nothing waits
-                torch.cuda.synchronize(self._device)
-            before, self._last = self._last, time.perf_counter()
-            seconds += [self._last - before] if before else []
-
-    def _say(self, updates: int, decisions: int) -> None:
-        # Medians: an evaluation or a checkpoint may come between two decisions, and the first updates are slow.
-        update, rest = statistics.median(self._updates), statistics.median(self._rests)
-        left = updates * update + decisions * rest
-        if left >= self.WORTH_SAYING:
-            time_left = f"{left / 3600:.1f} hours" if left < 48 * 3600 else f"{left / 86400:.1f} days"
-            times = f"an update takes {update:.3g} s, the rest of a decision {rest:.2g} s"
-            with tqdm.external_write_mode():  # above the bar
-                show(f"note: {times}: {time_left} are left, evaluations not counted")
+    def lap(self, left: int) -> None:
+        """Notes the end of an update, after which `left` updates are to come."""
+        if len(self._times) > self.TIMED:
+            return
+        if self._device.type == "cuda":  # for these few; later nothing waits
+            torch.cuda.synchronize(self._device)
+        self._times.append(time.perf_counter())
+        if len(self._times) > self.TIMED:
+            update = float(np.median(np.diff(self._times)))  # the first ones are slow
+            seconds = left * update
+            if seconds >= self.WORTH_SAYING:
+                time_left = f"{seconds / 3600:.1f} hours" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+                with tqdm.external_write_mode():  # above the bar
+                    show(f"note: an update takes {update:.3g} s: at least {time_left} are left")
 
 
 def describe(run: Any, renderer: tuple[str, bool] | None) -> Iterator[str]:
@@ -157,10 +143,11 @@ def one_line(fail: Callable[[str], Any]) -> Iterator[None]:
     try:
         yield
     except (UserError, MachineError, MemoryError) as error:
-        fail(str(error))
+        fail(str(error) or "out of memory")
     except torch.OutOfMemoryError as error:
-        fail(f"{error}; --resume continues, and --replay_device cpu or --cuda_graph off leaves a GPU more room")
+        fail(f"{error}; for training, --replay_device cpu or --cuda_graph off leaves a GPU more room")
     except RuntimeError as error:
-        if type(error) is not RuntimeError or "DefaultCPUAllocator" not in str(error):
+        too_large = "DefaultCPUAllocator" in str(error) or "Storage size calculation overflowed" in str(error)
+        if type(error) is not RuntimeError or not too_large:
             raise
         fail(str(error))

@@ -51,6 +51,7 @@ class Run:
     eval_envs: Any
     lines: list[str]
     obs: np.ndarray
+    episode_start: float  # by time.perf_counter; if the run was stopped in the episode, as if it had not been
 
     def __init__(self, args: argparse.Namespace, env: Any, agent: Agent, replay: Any):
         self.args, self.env, self.agent, self.replay = args, env, agent, replay
@@ -74,6 +75,9 @@ class Run:
             lines, logger_state = [*noted, *work_dir.begin(vars(args), args.resume)], None
         before = set(path.glob("tb/*"))
         self.logger = make_logger(state=logger_state)  # checks its files before anything is changed
+        if logger_state is not None:  # so that the next start finds these flags, even if this one is killed
+            changed = {"args": vars(args), "progress": vars(self.progress)}
+            work_dir.checkpoint.write(**work_dir.checkpoint.read() | changed)
         # A copy of the folder may lack the list of the run's files, but its checkpoint names those that belong to it.
         work_dir.note(*set(path.glob("tb/*")) - before, *work_dir.checkpoint.files())
         write_json(path / "args.json", dict(sorted(vars(args).items())))
@@ -129,6 +133,7 @@ class Run:
             now.actions, now.action, now.episode_return, now.seconds = [], None, 0.0, 0.0
             self.obs, _ = self.env.reset(seed=seed)
         now.obs_crc = None
+        self.episode_start = time.perf_counter() - now.seconds
         return self.obs
 
     def checkpoint_due(self) -> bool:
@@ -146,6 +151,7 @@ class Run:
         now, device, folder = self.progress, self.agent.device, self.work_dir.checkpoint.folder
         under_way = now.actions or now.action is not None
         now.obs_crc = zlib.crc32(self.obs.tobytes()) if under_way else None
+        now.seconds = time.perf_counter() - self.episode_start if under_way else 0.0
         random = {"cpu": torch.get_rng_state()}
         if device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(device)

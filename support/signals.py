@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from errors import MachineError
@@ -60,6 +60,13 @@ class Stop:
         """Raises Stopped if a signal has come."""
         if self.number is not None:
             raise Stopped
+
+    def exit_status(self, prog: str, rest: str = "") -> int:
+        """Says on stderr which signal stopped the program, and the rest of the line. The status that shells expect."""
+        number = signal.Signals(self.number or 0)
+        with suppress(OSError):  # nobody can read it: in a pipe, Ctrl-C has ended the reader, too
+            print(f"{prog}: stopped by {number.name}{rest}", file=sys.stderr)
+        return 128 + number
 
     @contextmanager
     def listen(self) -> Iterator[None]:

@@ -548,4 +548,4 @@ def test_interrupt(runs):
     assert process.stdout.readline().startswith("models: ")
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
-    assert process.stderr.read() == "evaluate.py: interrupted\n"
+    assert process.stderr.read() == "evaluate.py: stopped by SIGINT\n"

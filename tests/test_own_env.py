@@ -219,6 +219,7 @@ def stop_at_update(monkeypatch, number):
 
     def stopped(*args):
         calls.append(args)
+        time.sleep(0.01)
         if len(calls) == number:
             os.kill(os.getpid(), signal.SIGTERM)
         return update(*args)
@@ -239,6 +240,7 @@ def test_stopped_in_an_update(tmp_path, monkeypatch, capsys, uninterrupted, numb
     assert (progress["step"], progress["updates"]) == (step, number)
     assert progress["actions"]
     assert progress["action"] is not None
+    assert progress["seconds"] >= 0.01 * (number if step == 20 else 1)  # of the updates that precede the stop, too
     assert capsys.readouterr().err == f"train.py: stopped by SIGTERM at step {step}: --resume continues it\n"
     assert train.main([*command, "--resume"]) == 0
     assert capsys.readouterr().err == ""

@@ -30,6 +30,7 @@ from test_train import open_run, read_log, without_times
 import train
 from errors import MachineError
 from files import write_index
+from support import machine
 from support.signals import STOPPING
 from support.work_dir import WorkDir
 
@@ -203,6 +204,18 @@ def test_stopped_by_a_signal(tmp_path, uninterrupted, phase, number):
     assert WorkDir(folder).checkpoint.exists()
     assert train.main([*RUN, *kind, "--resume", "--work_dir", str(folder)]) == 0
     assert outcome(folder) == uninterrupted(*kind)
+
+
+def test_a_stop_that_nobody_can_read_of(tmp_path):
+    """In `train.py 2>&1 | tee log`, Ctrl-C ends the reader, too."""
+    process = start(tmp_path / "log", "--num_train_steps", "100000")
+    for line in process.stdout:
+        if line.startswith("| train | E: 4"):
+            break
+    process._stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+    assert WorkDir(tmp_path / "log").checkpoint.exists()
 
 
 def test_a_closed_terminal(tmp_path):
@@ -631,6 +644,17 @@ def test_two_processes_do_not_share_a_folder(tmp_path, capsys, flag):
     assert train.main([*RUN, flag, "--work_dir", str(folder)]) == 0
 
 
+def test_a_run_that_is_under_way_is_named_before_the_memory_that_it_takes(tmp_path, ended, monkeypatch, capsys):
+    """Else the line would advise a smaller replay."""
+    shutil.copytree(ended[0], tmp_path / "log")
+    monkeypatch.setattr(machine, "free_host_bytes", lambda: 0)
+    flags = ["--resume", "--num_train_steps", "130", "--work_dir", str(tmp_path / "log")]
+    for held, words in ((True, "is in use by another process"), (False, "more than can be had of host memory")):
+        with WorkDir(tmp_path / "log").lock() if held else contextlib.nullcontext(), pytest.raises(SystemExit):
+            train.main(flags)
+        assert words in capsys.readouterr().err
+
+
 def test_a_refused_overwrite_removes_nothing(tmp_path, ended, capsys, monkeypatch):
     shutil.copytree(ended[1], tmp_path / "log")
     before = contents(tmp_path / "log")
@@ -654,6 +678,24 @@ def test_flags_that_are_not_given_stay_the_runs(tmp_path, ended, capsys):
     with pytest.raises(SystemExit):
         train.main(["--resume", "--num_train_steps", "129", "--work_dir", str(tmp_path / "log")])
     assert "is at step 130, beyond --num_train_steps 129" in capsys.readouterr().err
+
+
+def test_changed_flags_outlive_a_kill(tmp_path, ended, monkeypatch, capsys):
+    """Though no checkpoint has followed them."""
+    shutil.copytree(ended[0], tmp_path / "log")
+    command = ["--resume", "--eval_workers", "1", "--work_dir", str(tmp_path / "log")]
+
+    def killed(run):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "train", killed)
+        train.main([*command, "--num_train_steps", "130", "--eval_freq", "50"])
+    capsys.readouterr()
+    assert train.main(command) == 0
+    assert "note:" not in capsys.readouterr().out
+    assert step_of(tmp_path / "log") == 130
+    assert [record["step"] for record in read_log(tmp_path / "log" / "eval.log")][-1] == 100
 
 
 def test_starts_are_recorded(ended):

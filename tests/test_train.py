@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import gym
 import imageio.v3 as iio
 import numpy as np
 import psutil
@@ -25,13 +26,16 @@ import torch
 from programs import Program, run_program
 from terminal import reader
 from test_logger import read_events
+from torch import nn
 from toy import BarEnv, CountingEnv
 
 import dmc2gym
+import evaluate
 import settings
 import train
 from errors import MachineError, UserError
 from randomness import generator
+from sac_ae import SacAeAgent
 from support import machine, report
 from support.checks import check_run, parse_run
 from support.work_dir import FOLDERS, LOGS
@@ -421,9 +425,7 @@ def test_cuda_graphs_are_for_gpus(monkeypatch):
     graphed = []
     monkeypatch.setattr(train, "Graphs", lambda agent, report: graphed.append(agent.device.type))
 
-    class Agent:
-        settings_class = train.SacAeAgent.settings_class
-
+    class Agent(SacAeAgent):
         def __init__(self, obs_shape, action_shape, device, **settings):
             self.device = torch.device(device)
 
@@ -601,36 +603,91 @@ def test_asking_for_bfloat16_changes_nothing():
     assert torch.get_num_threads() == before[1]
 
 
-def pace_of(monkeypatch, capsys, update, counts, left, rest=0.5):
-    """What a run says whose updates and rests of a decision take so many seconds; the start takes 100."""
+class WithDropout(SacAeAgent):
+    """Draws from PyTorch's generator whenever it acts in training mode."""
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self.actor.trunk.append(nn.Dropout(0.5))
+
+
+def test_evaluations_are_played_in_evaluation_mode(tmp_path, monkeypatch, short_episodes):
+    """So that how often they are played changes nothing in training; afterwards the agent is in training mode."""
+    monkeypatch.setitem(train.AGENTS, "sac_ae", WithDropout)
+    logs = []
+    for eval_freq in ("10", "30"):
+        folder = tmp_path / eval_freq
+        flags = [*SMALL, *SHORT, *METHODS["sac_state"], "--save_model", "--eval_freq", eval_freq]
+        assert train.main([*flags, "--work_dir", str(folder)]) == 0
+        logs.append(without_times(read_log(folder / "train.log")))
+    assert logs[0] == logs[1]
+    assert {record["step"] for record in read_log(tmp_path / "10" / "eval.log")} == {0, 10, 20, 30}
+    args, words = evaluate.make_parser().parse_known_args([str(tmp_path / "10"), "--device=cpu", "--eval_workers=1"])
+    evaluation = evaluate.Evaluation(args, words)
+    with contextlib.closing(evaluation.envs):
+        assert (evaluation.play() == evaluation.play()).all()
+
+
+def test_networks_in_a_list_are_refused(tmp_path, monkeypatch):
+    """Checkpoints would lack them; a traceback says what to use."""
+
+    class Ensemble(SacAeAgent):
+        held: type = list
+
+        def __init__(self, *args, **settings):
+            super().__init__(*args, **settings)
+            self.ensemble = self.held([nn.Linear(2, 2)])
+            self.ensemble_optimizer = self.adam(self.ensemble[0].parameters(), 1e-3)
+
+    monkeypatch.setitem(train.AGENTS, "sac_ae", Ensemble)
+    command = [*SMALL, *METHODS["sac_state"], "--num_train_steps", "5", "--work_dir", str(tmp_path / "log")]
+    with pytest.raises(TypeError, match="ensemble_optimizer trains what is in no attribute"):
+        train.main(command)
+    Ensemble.held = nn.ModuleList
+    assert train.main(command) == 0
+
+
+@pytest.mark.parametrize(
+    ("space", "shown"),
+    [
+        (gym.spaces.Dict({"state": gym.spaces.Box(-1, 1, (3,))}), "not None of shape ()"),
+        (gym.spaces.Box(0, 255, (1, 16, 16), np.uint8), "not uint8 of shape (3, 16, 16)"),  # grey, and stacked
+        (gym.spaces.Box(0, 1, (3, 16, 16), np.float32), "not float32 of shape (9, 16, 16)"),
+    ],
+    ids=["dictionary", "grey", "floats"],
+)
+def test_observations_that_the_networks_cannot_take(tmp_path, monkeypatch, capsys, space, shown):
+    def make_env(args, seed):
+        env = CountingEnv()
+        env.observation_space = space
+        return FrameStack(env, args.frame_stack) if space.shape else env
+
+    monkeypatch.setattr(train, "make_env", make_env)
+    words = f"observations must be states (D,) or uint8 frames (3, H, W), {shown}"
+    assert_refused(tmp_path / "log", capsys, SMALL, words)
+
+
+def pace_of(monkeypatch, capsys, update, left, count=60):
+    """What a run says whose updates take so many seconds each, with `left` to come after the first."""
     clock = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     pace = report.Pace(torch.device("cpu"))
-    for count in counts:
-        clock[0] += rest
-        for _ in pace.updates(count, left):
-            clock[0] += update
+    for number in range(count):
+        clock[0] += update if number else 50  # which is no update's time
+        pace.lap(left - number)
     return capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("update", "said"), [(2.0, True), (0.001, False)])
 def test_the_time_that_is_left_is_said_once(monkeypatch, capsys, update, said):
     """After 25 updates, if it is more than an hour."""
-    for counts, burst in (([0] * 5 + [1] * 60, 0), ([0] * 5 + [100] + [1] * 60, 75)):
-        printed = pace_of(monkeypatch, capsys, update, counts, left=7000)
-        hours = ((7000 + burst) * update + 7000 * 0.5) / 3600
-        line = f"note: an update takes {update:.3g} s, the rest of a decision 0.5 s: {hours:.1f} hours are left, "
-        assert printed == (f"{line}evaluations not counted\n" if said else "")
-
-
-def test_a_run_that_resumes_in_the_burst_waits_for_a_whole_decision(monkeypatch, capsys):
-    """What came before the first update was a start."""
-    assert pace_of(monkeypatch, capsys, 2.0, [100], left=7000) == ""
-    assert "the rest of a decision 0.5 s" in pace_of(monkeypatch, capsys, 2.0, [100, 1], left=7000)
+    line = "note: an update takes 2 s: at least 4.0 hours are left\n"
+    assert pace_of(monkeypatch, capsys, update, left=7225) == (line if said else "")
+    assert pace_of(monkeypatch, capsys, update, left=7225, count=25) == ""
 
 
 def test_long_times_are_said_in_days(monkeypatch, capsys):
-    assert "s: 12.3 days are left" in pace_of(monkeypatch, capsys, 1.0, [1] * 30, left=710_000)
+    assert "s: at least 8.2 days are left" in pace_of(monkeypatch, capsys, 1.0, left=710_000)
 
 
 def test_a_long_run_says_how_long_it_takes(tmp_path, capsys, monkeypatch):
@@ -794,7 +851,7 @@ def test_a_gpu_without_room(tmp_path, monkeypatch, capsys):
         == 1
     )
     error = capsys.readouterr().err
-    assert "error: CUDA out of memory. Tried to allocate 2 GiB.; --resume" in error
+    assert "error: CUDA out of memory. Tried to allocate 2 GiB.; for training, --replay_device cpu" in error
     assert "--replay_device cpu or --cuda_graph off leaves" in error
     assert error.count("\n") == 1
 
