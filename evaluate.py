@@ -115,7 +115,7 @@ def check_video(path: Path) -> None:
 
 
 class Evaluation:
-    """Saved models and the environments that they play in, from this program's flags and words for train.py's parser.
+    """Saved models with their environments. `words` are flags of train.py.
 
     Raises UserError or MachineError if what is asked for cannot be had; nothing has been written.
     """

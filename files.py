@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and that show damage; a list of whose they are."""
+"""Atomic files with checksums, and a list of the files that a program wrote."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def write_index(path: Path, content: dict[str, Any]) -> None:
 
 
 class Record:
-    """Lists the files in a folder, and in its subfolders, that are one writer's. Nothing else is replaced or removed.
+    """Keeps a list of the files that a program wrote to a folder and its subfolders. It replaces and removes no others.
 
     A file is listed before it is first written, so that what a killed process leaves is known, and until it is removed.
 
@@ -183,7 +183,9 @@ class Record:
         """Lists files that are about to be written. Raises UserError if one is there and is not listed."""
         for path in set(paths) - self.listed():
             if os.path.lexists(path):
-                raise UserError(f"{path} is not this program's: move it away, then continue (a run: by --resume)")
+                raise UserError(
+                    f"{path} was not written by this program: move it away, then continue (a run: by --resume)"
+                )
         self.note(*paths)
 
     def note(self, *paths: Path) -> None:

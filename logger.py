@@ -37,7 +37,7 @@ class Logger:
     Args:
         log_dir: an existing folder. It gets `train.log` and `eval.log`, a JSON object a line.
         use_tb: whether to write TensorBoard's events under `tb`, too.
-        config: there are only the console lines of `rl`.
+        config: ignored; the authors' Logger takes it.
         state: what an earlier logger's `state` gave. What was written after that is cut, and forgotten by TensorBoard.
             If lines before it are missing, UserError is raised, and nothing is cut.
     """
@@ -61,7 +61,7 @@ class Logger:
 
             with writing(self._tb):
                 self._writer = SummaryWriter(str(self._tb), purge_step=state["step"] + 1 if state else None)
-            # What ends TensorBoard's thread is raised at the next call, and need not be printed, too.
+            # Hides the traceback of TensorBoard's thread: the next call raises its error.
             hook = threading.excepthook
             threading.excepthook = lambda args: None if "AsyncWriter" in type(args.thread).__name__ else hook(args)
 

@@ -63,8 +63,8 @@ def make_parser() -> OneLineParser:
     return parser
 
 
-class Run:
-    """A run: the flags of train.py, the `args` that they come to, and the bytes of memory that it asks for."""
+class Job:
+    """A run of the sweep: the flags of train.py, the `args` that they come to, and the bytes of memory that it asks for."""
 
     def __init__(self, flags: list[str], args: argparse.Namespace, memory: int):
         self.flags, self.args, self.memory, self.work_dir = flags, args, memory, WorkDir(Path(args.work_dir))
@@ -83,7 +83,7 @@ class Run:
     def finish(self, task: Any) -> str:
         """Finds out how Ray's task has ended. Returns a line about it."""
         try:
-            reason = f"status {ray.get(task)}"  # 0 without an end: this machine does not see the node's work_dir
+            reason = f"status {ray.get(task)}"  # 0, but not ended: this machine does not see the node's work_dir
         except ray.exceptions.RayError as error:
             reason = str(getattr(error, "cause", type(error).__name__))
         self.state = "done" if self.ended() else "failed"
@@ -103,7 +103,7 @@ class Run:
         return {}
 
 
-def make_runs(args: argparse.Namespace) -> list[Run]:
+def make_runs(args: argparse.Namespace) -> list[Job]:
     """The runs of the sweep. Raises UserError if there is no such task or method, or if train.py refuses the flags."""
     by_name = {"_".join(task): task for task in dmc2gym.task_names()}
     published = {"_".join(task): repeat for task, repeat in report.PUBLISHED_REPEATS.items()}
@@ -131,7 +131,7 @@ def make_runs(args: argparse.Namespace) -> list[Run]:
         with suppress(UserError, OSError):  # if the checkpoint cannot be read, train.py will say so
             in_force = parse_run(parser, flags)
         estimate = memory(in_force)
-        runs.append(Run(flags, in_force, int(args.memory_per_run * 1e9) if args.memory_per_run else estimate))
+        runs.append(Job(flags, in_force, int(args.memory_per_run * 1e9) if args.memory_per_run else estimate))
     return runs
 
 
@@ -174,7 +174,7 @@ def run_train(flags: list[str], work_dir: Path) -> int:
     return status
 
 
-def start_ray(args: argparse.Namespace, largest: Run) -> None:
+def start_ray(args: argparse.Namespace, largest: Job) -> None:
     """Starts Ray, or joins a cluster. Raises UserError if that fails, or if a run is too large for every node."""
     options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
     if args.address == "local":
@@ -191,7 +191,7 @@ def start_ray(args: argparse.Namespace, largest: Run) -> None:
         raise UserError(f"no node has the {shares} that {largest.name} asks for: ask for less")
 
 
-def table(runs: list[Run]) -> Group:
+def table(runs: list[Job]) -> Group:
     """How far each run is. Those that are running come first: a terminal shows as many rows as it has room for."""
     count = [run.state for run in runs].count
     title = f"{count('done')} of {len(runs)} runs have ended, {count('runs')} are running, {count('failed')} failed"
@@ -206,9 +206,9 @@ def table(runs: list[Run]) -> Group:
     return Group(title, rows)
 
 
-def carry_out(runs: list[Run], args: argparse.Namespace, console: Console, stop: Stop) -> None:
+def carry_out(runs: list[Job], args: argparse.Namespace, console: Console, stop: Stop) -> None:
     """Has Ray run what waits, and shows how far it is, until a signal stops it."""
-    reported, tasks = time.monotonic(), dict[Any, Run]()
+    reported, tasks = time.monotonic(), dict[Any, Job]()
     with stop.listen():
         try:
             for run in (run for run in runs if run.state == "waits"):

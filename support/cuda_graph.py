@@ -86,7 +86,7 @@ class Graphs:
         def update(*batch: Tensor) -> Tensor:
             metrics = self._update(batch, due)
             self._names[due] = list(metrics)
-            # Or histograms would show gradients in memory that graphs overwrite.
+            # Drops the gradients: graphs overwrite their memory, and histograms would be wrong.
             for optimizer in self._agent.optimizers.values():
                 optimizer.zero_grad()
             return torch.stack([value.double() for value in metrics.values()])

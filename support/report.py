@@ -81,7 +81,7 @@ class Pace:
 
 
 def describe(run: Any, renderer: tuple[str, bool] | None) -> Iterator[str]:
-    """What a user wants to know before an open `support.run.Run`: lines to print.
+    """Yields the lines that an open `support.run.Run` prints before it trains.
 
     `renderer` is its name, and whether it is software on the CPU; None if the task is not the Control Suite's.
     """

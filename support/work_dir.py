@@ -137,7 +137,7 @@ class WorkDir(Record):
         return file
 
     def begin(self, args: dict[str, Any], resume: bool) -> list[str]:
-        """Makes the folder a new run's, and removes what the run before has written; lines to print.
+        """Starts a new run in the folder, and removes the previous run's files. Returns lines to print.
 
         `resume` says that a run was to be resumed if there was one.
         """

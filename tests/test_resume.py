@@ -716,7 +716,7 @@ def test_damaged_index_of_a_saved_replay(tmp_path, ended, capsys, content):
     flags = [*RUN, "--resume", "--save_buffer", "--work_dir", str(tmp_path / "log")]
     assert train.main(flags) == 1
     error = capsys.readouterr().err
-    assert "replay.json is not this program's: move it away" in error
+    assert "replay.json was not written by this program: move it away" in error
     assert error.count("\n") == 1
     assert (tmp_path / "log" / "buffer" / "replay.json").read_text() == content
 
