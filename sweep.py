@@ -64,7 +64,7 @@ def make_parser() -> OneLineParser:
 
 
 class Job:
-    """A run of the sweep: the flags of train.py, the `args` that they come to, and the bytes of memory that it asks for."""
+    """A run of the sweep: its flags of train.py, the `args` that they come to, and the bytes that it asks for."""
 
     def __init__(self, flags: list[str], args: argparse.Namespace, memory: int):
         self.flags, self.args, self.memory, self.work_dir = flags, args, memory, WorkDir(Path(args.work_dir))
