@@ -21,10 +21,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import ray
-from rich.console import Console, Group
-from rich.live import Live
-from rich.table import Column, Table
+try:
+    import ray
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.table import Column, Table
+except ModuleNotFoundError as error:
+    sys.exit(f"sweep.py: error: {error}: use `make sweep`, or pip install -r requirements-sweep.txt")
 
 import dmc2gym
 import train
