@@ -56,8 +56,12 @@ class Agent:
         """Trained tensors outside modules, such as `log_alpha`, by attribute name; not the networks' parameters."""
         return {name: tensor for name, tensor in self._held(Tensor).items() if tensor.requires_grad}
 
-    def check_optimizers(self) -> None:
-        """Raises TypeError if an optimiser trains a tensor that no attribute holds: saved states would lack it."""
+    def check_attributes(self) -> None:
+        """Raises TypeError if a network, a trained tensor or an optimiser is no attribute: saved states would lack it."""
+        for name, value in vars(self).items():
+            inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+            if any(isinstance(each, nn.Module | Optimizer) for each in inside):
+                raise TypeError(f"{name} holds networks or optimisers: use nn.ModuleList; optimisers are attributes")
         held = {*self.parameters.values()}.union(*(network.parameters() for network in self.networks.values()))
         for name, optimizer in self.optimizers.items():
             if not held.issuperset(_parameters(optimizer)):

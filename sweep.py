@@ -27,7 +27,10 @@ try:
     from rich.live import Live
     from rich.table import Column, Table
 except ModuleNotFoundError as error:
-    sys.exit(f"sweep.py: error: {error}: use `make sweep`, or pip install -r requirements-sweep.txt")
+    if __name__ != "__main__":
+        raise
+    print(f"sweep.py: error: {error}: use `make sweep`, or pip install -r requirements-sweep.txt", file=sys.stderr)
+    sys.exit(2)
 
 import dmc2gym
 import train

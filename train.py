@@ -69,8 +69,7 @@ def make_parser() -> OneLineParser:
     add("work_dir", user_path, "./log", "run folder; a new one without --resume or --overwrite", resume="command")
     add("resume", bool, False, "continue the run in work_dir, or start one there", resume="command")
     add("overwrite", bool, False, "remove the run in work_dir, and start a new one", resume="command")
-    text = "minutes between checkpoints, at ends of episodes"
-    add("checkpoint_minutes", Weight, 10, text, resume="free")
+    add("checkpoint_minutes", Weight, 10, "minutes between checkpoints, at ends of episodes", resume="free")
     add("checkpoint_freq", Count | None, None, "also a checkpoint every so many decisions", resume="free")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("device", str, device, "device of the networks", resume="machine")
@@ -86,7 +85,7 @@ def make_parser() -> OneLineParser:
 
 
 def make_env(args: argparse.Namespace, seed: int) -> Any:
-    """The only place that makes an environment: any gym 0.26 or Gymnasium one, of pixels (3, H, W) or states (D,).
+    """The only place that makes an environment: any gym 0.26 or Gymnasium one, of pixels (C, H, W) or states (D,).
 
     Its episodes must depend on the seed of `reset` alone, or resumed runs differ from those that never stopped.
     """
@@ -107,7 +106,8 @@ def make_agent(args: argparse.Namespace, obs_shape: tuple[int, ...], action_shap
     kind = AGENTS[args.agent]
     settings = {name: getattr(args, name) for name in settings_of([kind])}
     agent = kind(obs_shape, action_shape, args.device, **settings)
-    agent.check_optimizers()
+    agent.check_attributes()
+    agent.train()  # a subclass may have added networks
     if args.cuda_graph == "auto" and agent.device.type == "cuda":
         Graphs(agent, report.say)
     return agent
@@ -158,8 +158,8 @@ def train(run: Run) -> None:
             if "physics_error" in info:
                 logger.log("train/physics_errors", 1, now.step)
                 report.warn_of_divergence(f"step {now.step}", info["physics_error"])
+        run.note_time()
         if over:
-            now.seconds = time.perf_counter() - run.episode_start
             log_episode(logger, now, args.action_repeat)
             now.episode, now.actions, now.episode_return, now.seconds = now.episode + 1, [], 0.0, 0.0
     logger.check_losses()  # of the last episode, if it was cut short
@@ -256,6 +256,7 @@ def carry_out(run: Run, prog: str) -> int:
         train(run)
         run.save_checkpoint()
     except Stopped:
+        run.note_time()
         run.save_checkpoint()
         return run.stop.exit_status(prog, f" at step {run.progress.step}: --resume continues it")
     step, environment_steps = run.progress.step, run.progress.step * run.args.action_repeat

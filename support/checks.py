@@ -38,7 +38,7 @@ def check_run(args: argparse.Namespace, parser: OneLineParser) -> None:
     check_device(args.device)
     work_dir = WorkDir(Path(args.work_dir))
     work_dir.check(args.resume, args.overwrite)
-    if (work_dir.path / ".lock").exists():
+    if os.path.lexists(work_dir.path / ".lock"):
         work_dir.lock().close()  # a run that is under way must be named before the lack of memory that it causes
     if args.resume and work_dir.checkpoint.begun():
         check_resumed(args, parser, work_dir)

@@ -95,8 +95,8 @@ def try_out(env: Any, args: argparse.Namespace) -> None:
     Raises UserError if the agent cannot learn there, or if videos are wanted of an environment that cannot draw.
     """
     shape, dtype, actions = env.observation_space.shape or (), env.observation_space.dtype, env.action_space
-    if len(shape) != 1 and not (len(shape) == 3 and dtype == np.uint8 and frame_channels(env) == 3):
-        raise UserError(f"observations must be states (D,) or uint8 frames (3, H, W), not {dtype} of shape {shape}")
+    if len(shape) not in (1, 3) or (len(shape) == 3 and dtype != np.uint8):
+        raise UserError(f"observations must be states (D,) or uint8 pixels (C, H, W), not {dtype} of shape {shape}")
     box = len(actions.shape or ()) == 1 and hasattr(actions, "low")
     if not box or (actions.low != -1).any() or (actions.high != 1).any():
         raise UserError(f"actions must be a Box (A,) from -1 to 1, not {actions}: rescale them in a wrapper")
@@ -111,6 +111,8 @@ def try_out(env: Any, args: argparse.Namespace) -> None:
 
 def check_picture(env: Any) -> None:
     """Refuses videos if the environment cannot draw."""
+    if len(env.observation_space.shape) == 3 and (channels := frame_channels(env)) != 3:
+        raise UserError(f"pictures can be made of RGB frames (3, H, W) only, not of {channels} channels: save none")
     picture: Any = None
     with suppress(NotImplementedError):
         picture = env.render()

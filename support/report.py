@@ -77,7 +77,7 @@ class Pace:
             if seconds >= self.WORTH_SAYING:
                 time_left = f"{seconds / 3600:.1f} hours" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
                 with tqdm.external_write_mode():  # above the bar
-                    show(f"note: an update takes {update:.3g} s: at least {time_left} are left")
+                    show(f"note: an update every {update:.3g} s: at least {time_left} are left")
 
 
 def describe(run: Any, renderer: tuple[str, bool] | None) -> Iterator[str]:

@@ -38,6 +38,10 @@ class Progress:
     seconds: float = 0.0  # that the episode under way has taken, evaluation excluded
     obs_crc: int | None = None  # of the observation, to see whether the environment repeats its episodes
 
+    def under_way(self) -> bool:
+        """Whether an episode is under way."""
+        return bool(self.actions) or self.action is not None
+
     def evaluation_due(self) -> bool:
         """Whether an evaluation is due; never within an episode."""
         return not self.actions and self.step >= self.next_evaluation
@@ -136,6 +140,11 @@ class Run:
         self.episode_start = time.perf_counter() - now.seconds
         return self.obs
 
+    def note_time(self) -> None:
+        """Notes how long the episode under way has taken, if there is one."""
+        if self.progress.under_way():
+            self.progress.seconds = time.perf_counter() - self.episode_start
+
     def checkpoint_due(self) -> bool:
         """Whether a checkpoint is due; never within an episode."""
         args, step, (last_time, last_step) = self.args, self.progress.step, self._saved
@@ -149,9 +158,7 @@ class Run:
         Raises MachineError if that fails; the one before it is still there then.
         """
         now, device, folder = self.progress, self.agent.device, self.work_dir.checkpoint.folder
-        under_way = now.actions or now.action is not None
-        now.obs_crc = zlib.crc32(self.obs.tobytes()) if under_way else None
-        now.seconds = time.perf_counter() - self.episode_start if under_way else 0.0
+        now.obs_crc = zlib.crc32(self.obs.tobytes()) if now.under_way() else None
         random = {"cpu": torch.get_rng_state()}
         if device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(device)

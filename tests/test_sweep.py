@@ -80,6 +80,15 @@ def test_bad_input(tmp_path, capsys, flags, words):
     assert not (tmp_path / "sweep").exists()
 
 
+def test_without_ray(tmp_path):
+    (tmp_path / "ray.py").write_text("raise ModuleNotFoundError('no ray')")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, sweep.__file__, "--help"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    error = "sweep.py: error: no ray: use `make sweep`, or pip install -r requirements-sweep.txt\n"
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", error)
+
+
 def test_no_cluster(tmp_path, capsys, monkeypatch):
     """As Ray tells it, which would find any cluster on this machine, or wait for one that has left its address."""
 

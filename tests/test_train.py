@@ -39,7 +39,7 @@ from sac_ae import SacAeAgent
 from support import machine, report
 from support.checks import check_run, parse_run
 from support.work_dir import FOLDERS, LOGS
-from utils import FrameStack, ReplayBuffer
+from utils import FrameStack, ReplayBuffer, eval_mode
 from video import write_video
 
 ROOT = Path(__file__).parent.parent
@@ -604,17 +604,24 @@ def test_asking_for_bfloat16_changes_nothing():
 
 
 class WithDropout(SacAeAgent):
-    """Draws from PyTorch's generator whenever it acts in training mode."""
+    """Draws from PyTorch's generator whenever it acts in training mode; and has a frozen network of its own."""
 
     def __init__(self, *args, **settings):
         super().__init__(*args, **settings)
         self.actor.trunk.append(nn.Dropout(0.5))
+        self.frozen = nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.5)).requires_grad_(False)
 
 
 def test_evaluations_are_played_in_evaluation_mode(tmp_path, monkeypatch, short_episodes):
     """So that how often they are played changes nothing in training; afterwards the agent is in training mode."""
     monkeypatch.setitem(train.AGENTS, "sac_ae", WithDropout)
-    logs = []
+    args = train.make_parser().parse_args(["--device", "cpu", *METHODS["sac_state"]])
+    agent, logs = train.make_agent(args, (5,), (1,)), []
+    modes = [(network.training, name) for name, network in agent.networks.items()]
+    with eval_mode(agent):
+        assert not any(network.training for network in agent.networks.values())
+    assert [(network.training, name) for name, network in agent.networks.items()] == modes
+    assert (False, "frozen") in modes
     for eval_freq in ("10", "30"):
         folder = tmp_path / eval_freq
         flags = [*SMALL, *SHORT, *METHODS["sac_state"], "--save_model", "--eval_freq", eval_freq]
@@ -636,13 +643,16 @@ def test_networks_in_a_list_are_refused(tmp_path, monkeypatch):
 
         def __init__(self, *args, **settings):
             super().__init__(*args, **settings)
-            self.ensemble = self.held([nn.Linear(2, 2)])
-            self.ensemble_optimizer = self.adam(self.ensemble[0].parameters(), 1e-3)
+            linear = nn.Linear(2, 2)
+            self.ensemble_optimizer = self.adam(linear.parameters(), 1e-3)
+            if self.held is not None:
+                self.ensemble = self.held([linear])
 
     monkeypatch.setitem(train.AGENTS, "sac_ae", Ensemble)
     command = [*SMALL, *METHODS["sac_state"], "--num_train_steps", "5", "--work_dir", str(tmp_path / "log")]
-    with pytest.raises(TypeError, match="ensemble_optimizer trains what is in no attribute"):
-        train.main(command)
+    for Ensemble.held, words in ((list, "ensemble holds networks"), (None, "ensemble_optimizer trains what is in no")):
+        with pytest.raises(TypeError, match=words):
+            train.main(command)
     Ensemble.held = nn.ModuleList
     assert train.main(command) == 0
 
@@ -651,10 +661,9 @@ def test_networks_in_a_list_are_refused(tmp_path, monkeypatch):
     ("space", "shown"),
     [
         (gym.spaces.Dict({"state": gym.spaces.Box(-1, 1, (3,))}), "not None of shape ()"),
-        (gym.spaces.Box(0, 255, (1, 16, 16), np.uint8), "not uint8 of shape (3, 16, 16)"),  # grey, and stacked
         (gym.spaces.Box(0, 1, (3, 16, 16), np.float32), "not float32 of shape (9, 16, 16)"),
     ],
-    ids=["dictionary", "grey", "floats"],
+    ids=["dictionary", "floats"],
 )
 def test_observations_that_the_networks_cannot_take(tmp_path, monkeypatch, capsys, space, shown):
     def make_env(args, seed):
@@ -663,8 +672,21 @@ def test_observations_that_the_networks_cannot_take(tmp_path, monkeypatch, capsy
         return FrameStack(env, args.frame_stack) if space.shape else env
 
     monkeypatch.setattr(train, "make_env", make_env)
-    words = f"observations must be states (D,) or uint8 frames (3, H, W), {shown}"
+    words = f"observations must be states (D,) or uint8 pixels (C, H, W), {shown}"
     assert_refused(tmp_path / "log", capsys, SMALL, words)
+
+
+def test_grey_frames(tmp_path, monkeypatch, capsys):
+    """They can be learned from; pictures of them are refused."""
+
+    def make_env(args, seed):
+        env = CountingEnv(size=32)
+        env.observation_space = gym.spaces.Box(0, 255, (1, 32, 32), np.uint8)
+        return FrameStack(env, args.frame_stack)
+
+    monkeypatch.setattr(train, "make_env", make_env)
+    assert_refused(tmp_path / "log", capsys, [*SMALL, "--save_tb"], "RGB frames (3, H, W) only, not of 1 channels")
+    assert train.main([*SMALL, *SHORT, "--work_dir", str(tmp_path / "log")]) == 0
 
 
 def pace_of(monkeypatch, capsys, update, left, count=60):
@@ -681,7 +703,7 @@ def pace_of(monkeypatch, capsys, update, left, count=60):
 @pytest.mark.parametrize(("update", "said"), [(2.0, True), (0.001, False)])
 def test_the_time_that_is_left_is_said_once(monkeypatch, capsys, update, said):
     """After 25 updates, if it is more than an hour."""
-    line = "note: an update takes 2 s: at least 4.0 hours are left\n"
+    line = "note: an update every 2 s: at least 4.0 hours are left\n"
     assert pace_of(monkeypatch, capsys, update, left=7225) == (line if said else "")
     assert pace_of(monkeypatch, capsys, update, left=7225, count=25) == ""
 
@@ -693,7 +715,7 @@ def test_long_times_are_said_in_days(monkeypatch, capsys):
 def test_a_long_run_says_how_long_it_takes(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(report.Pace, "WORTH_SAYING", 0.0)
     assert train.main([*SMALL, *METHODS["sac_state"], "--work_dir", str(tmp_path / "log")]) == 0
-    assert capsys.readouterr().out.count("note: an update takes ") == 1
+    assert capsys.readouterr().out.count("note: an update every ") == 1
 
 
 def test_a_simulation_that_diverges_ends_an_episode_not_the_run(tmp_path, capsys, monkeypatch):
