@@ -57,7 +57,7 @@ class Agent:
         return {name: tensor for name, tensor in self._held(Tensor).items() if tensor.requires_grad}
 
     def check_attributes(self) -> None:
-        """Raises TypeError if a network, a trained tensor or an optimiser is no attribute: saved states would lack it."""
+        """Raises TypeError if a network, a trained tensor or an optimiser is no attribute: states would lack it."""
         for name, value in vars(self).items():
             inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
             if any(isinstance(each, nn.Module | Optimizer) for each in inside):
