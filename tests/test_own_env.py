@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -216,10 +217,11 @@ def test_a_program_that_is_stopped_in_its_first_updates_goes_on(tmp_path, capsys
 def stop_at_update(monkeypatch, number):
     """Sends this process SIGTERM during an update, once."""
     update, calls = train.SacAeAgent.update, []
+    clock = itertools.count(0, 1e-6)  # on which an update takes a second, and nothing else any time to speak of
+    monkeypatch.setattr(time, "perf_counter", lambda: len(calls) + next(clock))
 
     def stopped(*args):
         calls.append(args)
-        time.sleep(0.01)
         if len(calls) == number:
             os.kill(os.getpid(), signal.SIGTERM)
         return update(*args)
@@ -240,7 +242,9 @@ def test_stopped_in_an_update(tmp_path, monkeypatch, capsys, uninterrupted, numb
     assert (progress["step"], progress["updates"]) == (step, number)
     assert progress["actions"]
     assert progress["action"] is not None
-    assert progress["seconds"] >= 0.01 * (number if step == 20 else 1)  # of the updates that precede the stop, too
+    began = step - len(progress["actions"])  # before the updates, or after as many as decisions
+    updates = number - (began if began > 20 else 0)
+    assert progress["seconds"] == pytest.approx(updates, abs=0.1)  # of those that the stop came in, too
     assert capsys.readouterr().err == f"train.py: stopped by SIGTERM at step {step}: --resume continues it\n"
     assert train.main([*command, "--resume"]) == 0
     assert capsys.readouterr().err == ""
