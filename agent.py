@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from devices import send
 from errors import UserError
 from files import check_alike, read_state, write_tensors
 from precision import layers_in
+from replay_buffer import send
 from settings import Settings
 
 Metrics = dict[str, Tensor]

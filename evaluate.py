@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 import train
-from errors import MachineError, UserError
+from errors import UserError
 from files import read_json
 from settings import Count, Precision
 from support import report
@@ -117,7 +117,7 @@ def check_video(path: Path) -> None:
 class Evaluation:
     """Saved models with their environments. `words` are flags of train.py.
 
-    Raises UserError or MachineError if what is asked for cannot be had; nothing has been written.
+    Raises UserError if what is asked for cannot be had; nothing has been written.
     """
 
     def __init__(self, args: argparse.Namespace, words: list[str]):
@@ -156,7 +156,7 @@ class Evaluation:
         """Plays the episodes and keeps what a video needs of the first one; their returns (N,).
 
         Raises:
-            MachineError: an action is NaN or infinite, or an environment's process has died.
+            UserError: an action is NaN or infinite, or an environment's process has died.
             Stopped: a signal has asked for it.
         """
         for moment in report.progress(play(self.envs, self.seeds, self.act), "evaluation"):
@@ -171,7 +171,7 @@ class Evaluation:
         """Mean actions (N, A) for observations (N, ...)."""
         actions = self.agent.select_actions(obs)
         if not np.isfinite(actions).all():
-            raise MachineError(f"the policy's action is NaN or infinite: the models of step {self.step} have diverged")
+            raise UserError(f"the policy's action is NaN or infinite: the models of step {self.step} have diverged")
         return actions
 
     def frames(self) -> Iterator[np.ndarray]:

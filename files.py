@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errors import MachineError, UserError
+from errors import UserError
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns the system's refusal to write a file into a MachineError that names it."""
+    """Turns the system's refusal to write a file into a UserError that names it."""
     try:
         yield
     except OSError as error:
-        raise MachineError(str(OSError(error.errno, error.strerror or str(error), str(path)))) from error
+        raise UserError(str(OSError(error.errno, error.strerror or str(error), str(path)))) from error
 
 
 @contextmanager
@@ -50,7 +50,7 @@ def unfinished(path: Path) -> Path:
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Replaces a file, in a folder that is made if need be, once the new content is on the disk.
 
-    Raises MachineError, with the file's name, if the system refuses. What a killed write leaves, the next one replaces.
+    Raises UserError, with the file's name, if the system refuses. What a killed write leaves, the next one replaces.
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)

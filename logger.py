@@ -18,7 +18,7 @@ from termcolor import colored
 from torch import Tensor, nn
 
 from agent import Agent
-from errors import MachineError, UserError
+from errors import UserError
 from files import writing
 from support.report import show
 
@@ -76,7 +76,7 @@ class Logger:
     def dump(self, step: int) -> None:
         """Writes a line for each section that has values: console, log file and TensorBoard.
 
-        Raises MachineError if a file cannot be written, or if a loss is NaN or infinite; the message names it.
+        Raises UserError if a file cannot be written, or if a loss is NaN or infinite; the message names it.
         """
         for section, path in self._paths.items():
             means = {key: _mean(key, self._values.pop(key)) for key in [*self._values] if key.startswith(section)}
@@ -91,7 +91,7 @@ class Logger:
             show(f"| {colored(section, COLOURS[section])} | {LINES[section].format_map(defaultdict(float, record))}")
 
     def check_losses(self) -> None:
-        """Raises MachineError if a pending loss is NaN or infinite."""
+        """Raises UserError if a pending loss is NaN or infinite."""
         for key, values in self._values.items():
             _mean(key, values)
 
@@ -131,7 +131,7 @@ class Logger:
                 self._writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=key, image=image)]), step)
 
     def close(self) -> None:
-        """Flushes and closes TensorBoard's events. Raises MachineError if they cannot be written."""
+        """Flushes and closes TensorBoard's events. Raises UserError if they cannot be written."""
         self._tensorboard("close")
 
     def _tensorboard(self, method: str, *args: Any) -> None:
@@ -142,14 +142,14 @@ class Logger:
 
 
 def _mean(key: str, values: list[tuple[Any, int, int]]) -> float:
-    """The mean. Raises MachineError if `key` is a loss and a value is NaN or infinite; it names the step."""
+    """The mean. Raises UserError if `key` is a loss and a value is NaN or infinite; it names the step."""
     sums, counts, steps = map(list, zip(*values, strict=True))
     if all(isinstance(value, Tensor) for value in sums):
         sums = torch.stack(sums).tolist()  # waits for the GPU once, not for each
     numbers = np.array([float(value) for value in sums])
     bad = np.flatnonzero(~np.isfinite(numbers))
     if key.endswith("loss") and len(bad):
-        raise MachineError(f"{key} became {numbers[bad[0]]} at step {steps[bad[0]]}: the run has diverged")
+        raise UserError(f"{key} became {numbers[bad[0]]} at step {steps[bad[0]]}: the run has diverged")
     return float(numbers.sum() / sum(counts))
 
 

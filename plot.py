@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from scipy import stats
 
-from errors import MachineError
+from errors import UserError
 from support.flags import OneLineParser, user_path
 
 PUBLISHED = Path(__file__).parent / "results" / "published.csv"
@@ -266,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
         signals.show((out / "scores.md").read_text().rstrip())
     except OSError as error:
         parser.error(f"--out {out} cannot be written: {error.strerror}")
-    except MachineError as error:
+    except UserError as error:
         parser.fail(str(error))
     return 0
 

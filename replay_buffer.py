@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 import replay_files
-from devices import pinned, send
 from randomness import generator
 
 Shape = tuple[int, ...]
@@ -182,7 +181,7 @@ class ReplayBuffer:
         Each file appears whole or not at all, and a save that is killed leaves the one before it good. Chunks that the
         rings have overwritten are deleted; no file that `.replay_files` does not list is.
 
-        Raises UserError if the folder holds files of another replay or of the authors' script, and MachineError, with
+        Raises UserError if the folder holds files of another replay or of the authors' script, and UserError, with
         the file's name, if the system refuses to write one.
         """
         self.files.save(Path(save_dir))
@@ -222,3 +221,17 @@ def replay_bytes(obs_shape: Shape, action_shape: Shape, capacity: int, frame_cha
     """Bytes that a replay of this size takes, frames and all else."""
     arrays = storage(obs_shape, action_shape, capacity, frame_channels)
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in arrays.values())
+
+
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor as it is or, for a GPU, its copy in pinned memory.
+
+    From there a `non_blocking` copy is queued at once; from other memory it may wait for all kernels before it. PyTorch
+    keeps the pinned memory until the copy is made. https://docs.pytorch.org/tutorials/intermediate/pinmem_nonblock.html
+    """
+    return tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device."""
+    return pinned(tensor, device).to(device, non_blocking=True)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import dmc2gym
-from errors import MachineError
+from errors import UserError
 from logger import Logger, log_networks
 from randomness import random_action, seed_of
 from sac_ae import SacAeAgent
@@ -118,7 +118,7 @@ def train(run: Run) -> None:
 
     Raises:
         Stopped: a signal has come; the run can continue from this point.
-        MachineError: a loss or an action became NaN or infinite, or a file cannot be written.
+        UserError: a loss or an action became NaN or infinite, or a file cannot be written.
     """
     args, agent, env, replay, logger, now = run.args, run.agent, run.env, run.replay, run.logger, run.progress
     while True:
@@ -167,10 +167,10 @@ def train(run: Run) -> None:
 
 
 def check_finite(action: np.ndarray, logger: Logger, step: int) -> np.ndarray:
-    """The action. Raises MachineError if it is NaN or infinite; if a loss diverged, the message names the loss."""
+    """The action. Raises UserError if it is NaN or infinite; if a loss diverged, the message names the loss."""
     if not np.isfinite(action).all():
         logger.check_losses()
-        raise MachineError(f"the policy's action is NaN or infinite at step {step}: the run has diverged")
+        raise UserError(f"the policy's action is NaN or infinite at step {step}: the run has diverged")
     return action
 
 
@@ -223,7 +223,7 @@ def evaluate(run: Run) -> None:
 def open_run(args: argparse.Namespace, parser: OneLineParser, resources: ExitStack) -> Run:
     """Makes what the loop uses. Before all environments, agent and replay exist, only work_dir's `.lock` is written.
 
-    Raises UserError or MachineError if this is impossible; the message says what to do.
+    Raises UserError if this is impossible; the message says what to do.
     """
     set_seed_everywhere(args.seed)
     make = functools.partial(make_env, args, args.seed)

@@ -9,7 +9,7 @@ from typing import Any
 import imageio.v3 as iio
 import numpy as np
 
-from errors import MachineError
+from errors import UserError
 from files import write_atomically
 from support.signals import held_signals
 
@@ -60,7 +60,7 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: int = 30, overwri
     are held in memory, and signals wait until they are encoded.
 
     Raises:
-        MachineError: it cannot be written, or is there and must not be overwritten.
+        UserError: it cannot be written, or is there and must not be overwritten.
     """
     pictures = list(frames)
     # One thread: by default ffmpeg takes the cores that training needs.
@@ -72,9 +72,9 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: int = 30, overwri
         if not is_whole(content):  # ffmpeg's exit status is lost
             raise OSError("the file is not whole")
     except OSError as error:
-        raise MachineError(f"video {path}: ffmpeg cannot write its temporary file; is the disk full?") from error
+        raise UserError(f"video {path}: ffmpeg cannot write its temporary file; is the disk full?") from error
     if path.exists() and not overwrite:
-        raise MachineError(f"{path} exists already, and is not overwritten")
+        raise UserError(f"{path} exists already, and is not overwritten")
     write_atomically(path, content)
 
 

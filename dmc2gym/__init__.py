@@ -9,9 +9,9 @@ import contextlib
 with contextlib.suppress(ImportError):
     import triton  # noqa: F401
 
-from dmc2gym.rendering import RendererError, choose_backend, render_on
+from dmc2gym.rendering import choose_backend, render_on
 from dmc2gym.wrappers import DMCWrapper, make, renderer_of, task_names
 
 choose_backend()
 
-__all__ = ["DMCWrapper", "RendererError", "make", "render_on", "renderer_of", "task_names"]
+__all__ = ["DMCWrapper", "make", "render_on", "renderer_of", "task_names"]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from typing import Any
 
-from errors import MachineError
+from errors import UserError
 
 # Users set variables that begin so to choose a renderer or a driver. If rendering fails, the message names them.
 _VARIABLES = (
@@ -16,10 +16,6 @@ _VARIABLES = (
 )
 _CHOSEN = "DMC2GYM_RENDERER"  # variables that are set here or in a parent process, and not by the user
 _INSTALL_HINT = "on Debian or Ubuntu: apt-get install libegl1 libgl1-mesa-dri libopengl0"
-
-
-class RendererError(MachineError):
-    """Nothing on this machine can render. The message says why, and what helps."""
 
 
 def choose_backend() -> None:
@@ -68,18 +64,18 @@ def _works(backend: str, **variables: str) -> bool:
         return False
 
 
-def renderer_error(cause: Exception) -> RendererError:
+def renderer_error(cause: Exception) -> UserError:
     """Makes the error for users: the cause, and the variables that they set, or else what to install."""
     ours = [*os.environ.get(_CHOSEN, "").split(), f"PYOPENGL_PLATFORM={os.environ.get('MUJOCO_GL')}"]  # by dm_control
     found = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(_VARIABLES)]
     named = ", ".join(variable for variable in found if variable not in ours)
     reason = " ".join(str(cause).split()) or type(cause).__name__
     advice = f"{named} is set: unset it, or choose another value" if named else _INSTALL_HINT
-    return RendererError(f"no usable renderer ({reason}); {advice}")
+    return UserError(f"no usable renderer ({reason}); {advice}")
 
 
 def start_renderer(physics: Any, height: int = 0, width: int = 0) -> None:
-    """Starts the renderer of dm_control's physics, again if its buffer is too small. Raises RendererError."""
+    """Starts the renderer of dm_control's physics, again if its buffer is too small. Raises UserError."""
     visual = physics.model.vis.global_
     try:
         if height > visual.offheight or width > visual.offwidth:

@@ -40,7 +40,7 @@ def task_names() -> list[tuple[str, str]]:
 def renderer_of(env: Any, drawn: bool = True) -> tuple[str, bool] | None:
     """What draws the pictures of an environment, if they are drawn, and whether that is software on the CPU.
 
-    None if `env`, of gym or Gymnasium and wrapped or not, is no `DMCWrapper`. Raises RendererError if nothing renders.
+    None if `env`, of gym or Gymnasium and wrapped or not, is no `DMCWrapper`. Raises UserError if nothing renders.
     """
     task = env.unwrapped
     task = getattr(task, "gym_env", task).unwrapped  # a gym environment that shimmy shows as one of Gymnasium
@@ -79,7 +79,7 @@ def _no_observation(_physics: Any) -> dict[str, np.ndarray]:
 class DMCWrapper(gym.Env):
     """A Control Suite task. Only the task's own time limit ends an episode; `make` adds one in environment steps.
 
-    Raises ValueError if there is no such task, or if `frame_skip` is less than 1; RendererError if the user chose a
+    Raises ValueError if there is no such task, or if `frame_skip` is less than 1; UserError if the user chose a
     renderer that does not load. A pickle holds no renderer; the copy starts its own when it draws.
 
     Args:
@@ -150,7 +150,7 @@ class DMCWrapper(gym.Env):
         """Starts an episode. A seed alone determines it; only LQR's springs come from the seed of `make`.
 
         Returns observation and info, as `step` does. Raises dm_control's PhysicsError if the simulation diverges at
-        once, ten times, and RendererError if pixels are observed and nothing can render.
+        once, ten times, and UserError if pixels are observed and nothing can render.
         """
         super().reset(seed=seed)
         if seed is not None:
@@ -177,7 +177,7 @@ class DMCWrapper(gym.Env):
         ran out, and info: `internal_state` (the simulator's, float64) and `discount`. If the simulation diverges, the
         episode ends with reward 0, discount 0, the previous observation, and the reason in info as `physics_error`.
 
-        Raises ValueError if the action has another shape, is out of range or is not finite; RendererError as `reset`.
+        Raises ValueError if the action has another shape, is out of range or is not finite; UserError as `reset`.
         """
         action = np.asarray(action, dtype=np.float64)
         if action.shape != self.action_space.shape or not (np.abs(action) <= 1).all():
@@ -213,7 +213,7 @@ class DMCWrapper(gym.Env):
     ) -> np.ndarray:
         """Draws a picture, (H, W, 3) uint8; by default of `render_size` and with the environment's camera.
 
-        Raises ValueError if the mode is not rgb_array, RendererError if nothing can render.
+        Raises ValueError if the mode is not rgb_array, UserError if nothing can render.
         """
         if mode != "rgb_array":
             raise ValueError(f"render mode {mode!r} is not supported, only rgb_array")

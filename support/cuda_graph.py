@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from agent import Agent, Metrics
-from devices import pinned
+from replay_buffer import pinned
 
 WARMUP = 3  # calls of a kind before its capture, in which libraries choose algorithms and take their workspaces
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import cloudpickle
 import numpy as np
 
-from errors import MachineError, UserError
+from errors import UserError
 from support.signals import held_signals
 
 # Each environment takes memory (84 MB from pixels, drawn in software) and a renderer's context, of which drivers allow
@@ -103,7 +103,7 @@ class _RemoteGroup:
         try:
             return self._connection.recv()
         except (EOFError, OSError):
-            return MachineError("a process that plays evaluation episodes has died")
+            return UserError("a process that plays evaluation episodes has died")
 
     def close(self) -> None:
         self._connection.close()  # at which the process ends
@@ -122,7 +122,7 @@ def serve(descriptor: int) -> None:
             try:
                 group.start(*pickle.loads(message))
                 answer = group.finish()
-            except (UserError, MachineError) as known:
+            except UserError as known:
                 answer = known
             except Exception:
                 trace = traceback.format_exc().rstrip()

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 
 from errors import UserError
-from frame_stack import frame_channels
 from randomness import random_action
 from replay_buffer import ReplayBuffer, replay_bytes
 from support.prefetch import Prefetched
+from utils import frame_channels
 
 RESERVE = 2 * 10**9  # bytes kept free beside the replay; on a GPU for CUDA, libraries' workspaces, optimisers' moments
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from errors import MachineError, UserError
+from errors import UserError
 from support.machine import cores
 from support.signals import show
 
@@ -142,7 +142,7 @@ def one_line(fail: Callable[[str], Any]) -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, MachineError, MemoryError) as error:
+    except (UserError, MemoryError) as error:
         fail(str(error) or "out of memory")
     except torch.OutOfMemoryError as error:
         fail(f"{error}; for training, --replay_device cpu or --cuda_graph off leaves a GPU more room")

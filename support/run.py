@@ -68,7 +68,7 @@ class Run:
         """Starts the run in its folder, or restores the checkpoint in it; lines to print.
 
         `make_logger` takes the `state` of the logger before; None if there was none. Raises UserError if the checkpoint
-        cannot be used; nothing has been changed then. Raises MachineError if the folder cannot be written.
+        cannot be used; nothing has been changed then. Raises UserError if the folder cannot be written.
         """
         args, work_dir, path = self.args, self.work_dir, self.work_dir.path
         if args.resume and work_dir.checkpoint.exists():
@@ -155,7 +155,7 @@ class Run:
     def save_checkpoint(self) -> None:
         """Writes a checkpoint: of the replay what is new, tensors, then the index, which makes it the run's.
 
-        Raises MachineError if that fails; the one before it is still there then.
+        Raises UserError if that fails; the one before it is still there then.
         """
         now, device, folder = self.progress, self.agent.device, self.work_dir.checkpoint.folder
         now.obs_crc = zlib.crc32(self.obs.tobytes()) if now.under_way() else None

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from errors import MachineError
+from errors import UserError
 
 HANGUP = [signal.SIGHUP]  # the terminal is gone
 STOPPING = [signal.SIGINT, signal.SIGTERM, *HANGUP]  # Ctrl-C, and what schedulers and systems send before they kill
@@ -39,12 +39,12 @@ def start_program() -> None:
 
 
 def show(line: str) -> None:
-    """Prints a line on stdout. Raises MachineError if that is a pipe without a reader, or a full disk."""
+    """Prints a line on stdout. Raises UserError if that is a pipe without a reader, or a full disk."""
     try:
         print(line, flush=True)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more at exit
-        raise MachineError(str(error)) from error
+        raise UserError(str(error)) from error
 
 
 class Stopped(Exception):  # noqa: N818  # not an error

@@ -121,7 +121,7 @@ class WorkDir(Record):
     def lock(self) -> IO[str]:
         """Makes the folder, and locks it until the returned file is closed or the process ends.
 
-        Raises UserError if another process has it, MachineError if the folder cannot be written.
+        Raises UserError if another process has it, UserError if the folder cannot be written.
         """
         path = self.path / ".lock"
         with writing(self.path):

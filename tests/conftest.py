@@ -18,12 +18,12 @@ def compiler():
     """What a fake GPU takes on a build of PyTorch without CUDA."""
     from fake_gpu import fake_gpu
 
-    from errors import MachineError
+    from errors import UserError
 
     try:
         with fake_gpu():
             pass
-    except MachineError as error:
+    except UserError as error:
         pytest.skip(str(error))
 
 

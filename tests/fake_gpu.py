@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._mode_utils import no_dispatch
 from watch import Watch, tensors_in
 
-from errors import MachineError
+from errors import UserError
 from files import writing
 
 aten = torch.ops.aten
@@ -105,7 +105,7 @@ def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: boo
 
 @contextmanager
 def fake_gpu() -> Iterator[None]:
-    """Makes tensors fake, those on "cuda" too. Raises MachineError if there is neither a GPU nor a C++ compiler."""
+    """Makes tensors fake, those on "cuda" too. Raises UserError if there is neither a GPU nor a C++ compiler."""
     with ExitStack() as stack:
         if not torch.cuda.is_available():
             shim = _shim()
@@ -134,7 +134,7 @@ def _shim() -> ctypes.CDLL:
     if not library.exists():
         compiler = shlex.split(os.environ.get("CXX", "g++"))
         if shutil.which(compiler[0]) is None:
-            raise MachineError(f"a fake GPU takes a C++ compiler, and {compiler[0]} is not there: install g++")
+            raise UserError(f"a fake GPU takes a C++ compiler, and {compiler[0]} is not there: install g++")
         torch_dir, temporary = Path(torch.__file__).parent, library.with_suffix(f".{os.getpid()}")
         flags = ["-std=c++20", "-shared", "-fPIC", f"-I{torch_dir}/include", f"-L{torch_dir}/lib"]
         with writing(library):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gymnasium
 import numpy as np
 
-from frame_stack import FrameStack
+from utils import FrameStack
 
 SIDE = 24
 PICTURE = (33, 41, 3)  # of `render`; an mp4 has no odd sides

@@ -17,10 +17,10 @@ from test_resume import contents, outcome, step_of
 
 import evaluate
 import train
-from errors import MachineError, UserError
-from frame_stack import FrameStack
+from errors import UserError
 from logger import Logger
 from support.evaluation import EpisodeError
+from utils import FrameStack
 
 ROOT = Path(__file__).parent.parent
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers then need not import it, nor PyTorch
@@ -151,7 +151,7 @@ def assert_told(info, bug, remote, capture):
         assert "support/evaluation.py" in told
     else:
         assert type(info.value) is BUGS[bug]
-        assert not isinstance(info.value, UserError | MachineError)
+        assert not isinstance(info.value, UserError | UserError)
         told = "".join(traceback.format_exception(info.value)).rstrip()
         assert traceback.extract_tb(info.tb)[-1].name == bug.__name__
     place = [line for line in told.splitlines() if line.startswith("  File ")][-1]

@@ -13,7 +13,6 @@ import pytest
 
 import dmc2gym
 from dmc2gym import rendering
-from errors import MachineError
 
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("LP_NUM_THREADS", "1")  # more threads of Mesa take more processor time for small pictures
@@ -355,10 +354,6 @@ def test_renderer_of_any_environment(make):
     assert dmc2gym.renderer_of(gymnasium.wrappers.TimeLimit(Other(), 5)) is None
 
 
-def test_a_missing_renderer_is_an_error_of_the_machine():
-    assert issubclass(dmc2gym.RendererError, MachineError)
-
-
 def run_python(program, **environment):
     """What a program in a fresh process prints; of this process's environment only what is given here."""
     environment = {"PATH": "/usr/bin:/bin", "LP_NUM_THREADS": "1"} | environment
@@ -394,7 +389,7 @@ for from_pixels in (False, True):
         env.reset()
         env.step(env.action_space.sample())
         print("works", dmc2gym.renderer_of(env)[0] if from_pixels else "")
-    except dmc2gym.RendererError as error:
+    except ValueError as error:
         print(error)
 """
 
@@ -541,7 +536,7 @@ def test_programs_end_silently(backend, ending):
         "try:\n"
         "    envs = [dmc2gym.make('cartpole', 'swingup', from_pixels=True, height=8, width=8) for _ in range(3)]\n"
         "    drawn = [env.reset() for env in envs]\n"
-        "except dmc2gym.RendererError: print('no such renderer here'); raise SystemExit\n"
+        "except ValueError: print('no such renderer here'); raise SystemExit\n"
         "envs[0].close(); envs[0].close(); del envs[1]; print('drawn')\n" + ending
     )
     assert run_python(program, MUJOCO_GL=backend)  # and nothing on stderr

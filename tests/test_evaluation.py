@@ -22,7 +22,7 @@ from toy import make_toy_env
 
 import dmc2gym
 import train
-from errors import MachineError
+from errors import UserError
 from support import evaluation
 from support.evaluation import EpisodeError, SideBySide
 
@@ -184,7 +184,7 @@ def test_what_environments_print_does_not_come_between():
     envs.call("reset", [3, 9])
     envs.call("step", np.zeros((2, 1)))
     assert [obs.tolist() for obs, *_ in envs.call("step", np.zeros((2, 1)))] == [[1], [7]]
-    with pytest.raises(MachineError, match="has died"):  # while it answers
+    with pytest.raises(UserError, match="has died"):  # while it answers
         envs.call("step", np.zeros((2, 1)))
     envs.close()
     assert [group._process.returncode for group in envs._groups] == [3, 0]
@@ -195,7 +195,7 @@ def test_a_dead_process_is_an_error():
     envs.call("reset", [1, 2])
     envs._groups[1]._process.kill()
     envs._groups[1]._process.wait()
-    with pytest.raises(MachineError, match="has died"):
+    with pytest.raises(UserError, match="has died"):
         envs.call("step", np.zeros((2, 1)))
     envs.close()
 

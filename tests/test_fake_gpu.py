@@ -23,8 +23,8 @@ from watch import NotCapturableError, WaitsError, Watch
 import bench
 import train
 from agent import Agent
-from devices import send
-from errors import MachineError, UserError
+from errors import UserError
+from replay_buffer import send
 from sac_ae import Due, SacAeAgent
 from settings import Precision
 from support import cuda_graph, prefetch
@@ -223,7 +223,7 @@ def test_graphs_of_an_agent_that_is_gone_are_gone(gpu):
 def test_without_a_compiler(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", "no-compiler")
-    with pytest.raises(MachineError, match="no-compiler is not there"), fake_gpu():
+    with pytest.raises(UserError, match="no-compiler is not there"), fake_gpu():
         pass
     assert not list(tmp_path.iterdir())
 

@@ -18,7 +18,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from terminal import reader
 
-from errors import MachineError
+from errors import UserError
 from logger import Logger
 from video import VideoRecorder
 
@@ -116,9 +116,9 @@ def test_bad_losses_are_named(tmp_path, bad):
     logger = Logger(tmp_path, use_tb=False)
     for step, value in ((7, 1.0), (8, bad), (9, 2.0)):
         logger.log("train_critic/loss", torch.tensor(value), step)
-    with pytest.raises(MachineError, match=r"train_critic/loss .* step 8"):
+    with pytest.raises(UserError, match=r"train_critic/loss .* step 8"):
         logger.check_losses()
-    with pytest.raises(MachineError, match=r"train_critic/loss .* step 8"):
+    with pytest.raises(UserError, match=r"train_critic/loss .* step 8"):
         logger.dump(10)
     assert not (tmp_path / "train.log").exists()
 

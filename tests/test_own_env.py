@@ -23,7 +23,7 @@ from test_train import assert_refused, read_log
 
 import evaluate
 import train
-from frame_stack import FrameStack
+from utils import FrameStack
 
 ROOT = Path(__file__).parent.parent
 # Episodes of 8 to 11 decisions, two of them at random; an evaluation after every third; a checkpoint after each.

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import replay_buffer
 import replay_files
 import train
-from errors import MachineError, UserError
+from errors import UserError
 from files import unfinished, write_tensors
 from support import machine
 from support.prefetch import Prefetched
@@ -497,7 +497,7 @@ def test_a_failed_save_leaves_the_last_one_good_and_no_litter(tmp_path, monkeypa
                 raise OSError("no space left on device")
             fsync(descriptor)
 
-        with monkeypatch.context() as patch, pytest.raises(MachineError, match="no space"):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="no space"):
             patch.setattr(os, "fsync", fail)
             replay.save(tmp_path)
         loaded, _ = make_both(100)
@@ -682,11 +682,11 @@ def test_a_first_save_that_failed_can_be_made_again(tmp_path, monkeypatch, faili
 
     def fail(*args):
         if next(calls) == failing:
-            raise MachineError("no space left on device")
+            raise UserError("no space left on device")
         return write_tensors(*args)
 
     monkeypatch.setattr(replay_files, "MAX_CHUNK", 10)
-    with monkeypatch.context() as patch, pytest.raises(MachineError, match="no space"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="no space"):
         patch.setattr(replay_files, "write_tensors", fail)
         replay.save(tmp_path / "b")
     replay.save(tmp_path / "b")

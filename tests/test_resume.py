@@ -28,7 +28,7 @@ from programs import Program
 from test_train import open_run, read_log, without_times
 
 import train
-from errors import MachineError
+from errors import UserError
 from files import write_index
 from support import machine
 from support.signals import STOPPING
@@ -300,7 +300,7 @@ def test_what_was_written_after_the_checkpoint_is_cut(tmp_path, monkeypatch, uni
     def fail(logger, now, action_repeat):
         log_episode(logger, now, action_repeat)
         if now.step == 140:
-            raise MachineError("a failing disk")
+            raise UserError("a failing disk")
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "log_episode", fail)
@@ -660,7 +660,7 @@ def test_a_refused_overwrite_removes_nothing(tmp_path, ended, capsys, monkeypatc
     before = contents(tmp_path / "log")
 
     def fail(*_):
-        raise MachineError("Too many open files")
+        raise UserError("Too many open files")
 
     monkeypatch.setattr(train, "SideBySide", fail)
     with pytest.raises(SystemExit):

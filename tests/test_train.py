@@ -33,7 +33,7 @@ import dmc2gym
 import evaluate
 import settings
 import train
-from errors import MachineError, UserError
+from errors import UserError
 from randomness import generator
 from sac_ae import SacAeAgent
 from support import machine, report
@@ -473,7 +473,7 @@ def test_a_video_is_whole_or_not_there(tmp_path):
     size = len(path.read_bytes())
     path.unlink()
     for limit in (10, 1000, size // 2, size - 600, size - 1):
-        with largest_file(limit), pytest.raises(MachineError, match="is the disk full"):
+        with largest_file(limit), pytest.raises(UserError, match="is the disk full"):
             write_video(path, frames)
         assert not list(tmp_path.iterdir())
     with largest_file(size):
