@@ -1,9 +1,8 @@
 # Every target first makes .venv with what it needs: `make train`, `make demo`, `make sweep`, `make test`, `make lint`.
+# `make PYTHON=... TARGET` checks that Python each time and remakes .venv if another one made it.
 # `make test-long` kills more runs and tries more command lines; `make test-pythons` tests dmc2gym on every Python that is here.
 
 VENV := .venv
-# A PYTHON that is named is looked at each time: where .venv was made of another one, it is made anew.
-NAMED := $(if $(PYTHON),named)
 
 TRAIN_ARGS := --resume --domain_name cheetah --task_name run --encoder_type pixel --decoder_type pixel --action_repeat 4 \
 	--save_video --save_tb --work_dir ./log --seed 1
@@ -11,7 +10,7 @@ DEMO_ARGS := --domain_name cartpole --task_name swingup --encoder_type pixel --d
 	--num_train_steps 500 --init_steps 150 --eval_freq 250 --num_eval_episodes 2 --batch_size 32 --hidden_dim 256 \
 	--image_size 64 --num_filters 16 --save_video --save_tb --work_dir ./demo_log/$(shell date +%Y-%m-%d_%H-%M-%S)
 
-.PHONY: train demo sweep test test-long test-pythons lint clean named
+.PHONY: train demo sweep test test-long test-pythons lint clean always
 
 train: $(VENV)/installed
 	$(VENV)/bin/python train.py $(TRAIN_ARGS) $(ARGS)
@@ -37,7 +36,7 @@ lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
-$(VENV)/installed: requirements.txt requirements-env.txt requirements-suite.txt setup.sh $(NAMED)
+$(VENV)/installed: requirements.txt requirements-env.txt requirements-suite.txt setup.sh $(if $(PYTHON),always)
 	./setup.sh $(VENV) requirements.txt $(PYTHON)
 	touch $@
 

@@ -54,22 +54,24 @@ class PixelEncoder(nn.Module):
         self.fc = nn.Linear(num_filters * out_height * out_width, feature_dim)
         self.ln = nn.LayerNorm(feature_dim)
 
-    def forward(self, obs: Tensor, detach: bool = False) -> Tensor:
-        """Features (B, D) in (-1, 1) of pixels 0..255 (B, C, H, W), uint8 or floating, or of their `forward_conv`.
-
-        With `detach` no gradient reaches the convolutions.
-        """
-        hidden = self.forward_conv(obs) if obs.dim() == 4 else obs
+    def forward(self, obs: Tensor) -> Tensor:
+        """Features (B, D) in (-1, 1) of pixels 0..255 (B, C, H, W), uint8 or floating, or of their `forward_conv`."""
         # Under autocast, too, LayerNorm and what follows compute in the weights' own precision.
-        return torch.tanh(self.ln(self.fc(hidden.detach() if detach else hidden).to(self.ln.weight.dtype)))
+        return torch.tanh(self.ln(self.fc(self.forward_conv(obs)).to(self.ln.weight.dtype)))
 
     def forward_conv(self, obs: Tensor) -> Tensor:
-        """The convolutions' part of `forward`: pixels to the flat output (B, flat) of the last one."""
+        """The convolutions' part of `forward`: pixels to the flat output (B, flat) of the last one.
+
+        A flat input counts as that output and is returned unchanged, so that one pass serves several losses.
+        """
+        if obs.dim() == 2:
+            return obs
         # Pixels are scaled to [0, 1] by scaling the first kernels: the same product, without a pass over the images.
         first, device = self.convs[0], obs.device.type
         scaled = {"weight": first.get_parameter("weight") / 255.0, "bias": first.get_parameter("bias")}
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else self.fc.weight.dtype
+        # functional_call, because it runs the layer's hooks: `log_networks` sets some.
         hidden = torch.relu(functional_call(first, scaled, obs.to(dtype)))
         for conv in self.convs[1:]:
             hidden = torch.relu(conv(hidden))
@@ -90,7 +92,7 @@ class IdentityEncoder(nn.Module):
             raise UserError(f"the identity encoder takes state vectors, got observations of shape {obs_shape}")
         self.feature_dim = obs_shape[0]
 
-    def forward(self, obs: Tensor, detach: bool = False) -> Tensor:
+    def forward(self, obs: Tensor) -> Tensor:
         """States (B, D), as they are."""
         return obs
 

@@ -8,14 +8,13 @@ if __name__ == "__main__":
     signals.start_program()
 
 import argparse
-import contextlib
 import os
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
@@ -23,16 +22,17 @@ import torch
 import train
 from errors import UserError
 from files import read_json
-from settings import Count, Precision
+from sac_ae import Count, Precision, SacAeAgent
 from support import report
+from support.checkpoint import check_writable, load_agent, read_checkpoint
 from support.evaluation import MAX_ENVS, SideBySide, play
 from support.flags import OneLineParser, number, user_path
 from support.machine import check_bf16, check_device, cores, try_out
 from support.signals import Stop, Stopped
-from support.work_dir import Checkpoint, check_folder
+from utils import rgb
 from video import write_video
 
-MODEL_FILE = re.compile(r"(?:actor|critic|decoder|target)_([0-9]+)\.pt")
+MODEL = re.compile(r"(?!target_)(\w+)_(\d+)\.pt")  # the authors' script saves no target
 PANEL = 256  # height and width of each of a video's pictures
 
 
@@ -54,8 +54,8 @@ def make_parser() -> OneLineParser:
     return parser
 
 
-def find_models(work_dir: Path, step: int | None) -> tuple[Path, int]:
-    """Folder and step of a run's models: those of `step`, or the newest; where none were saved, the checkpoint.
+def find_models(work_dir: Path, step: int | None) -> tuple[Path | None, int]:
+    """Folder and step of a run's models: those of `step`, or the newest. No folder: the run's checkpoint.
 
     Raises UserError if there are none.
     """
@@ -63,46 +63,43 @@ def find_models(work_dir: Path, step: int | None) -> tuple[Path, int]:
         raise UserError(
             f"{work_dir} is not a folder: first name a run's folder, or a folder of models; flags come after it"
         )
-    checkpoint = Checkpoint(work_dir / "checkpoint")
-    for folder in (work_dir / "model", work_dir, checkpoint.folder):
-        steps = {int(match[1]) for path in folder.glob("*") if (match := MODEL_FILE.fullmatch(path.name))}
-        if folder == checkpoint.folder and checkpoint.exists():
-            steps = {checkpoint.read()["progress"]["step"]}
+    for folder in (work_dir / "model", work_dir):
+        found = {match.groups() for path in folder.glob("*.pt") if (match := MODEL.fullmatch(path.name))}
+        # All networks: a run that was killed may have saved only some.
+        needed = {"actor", "critic", *(name for name, at in found if ("actor", at) in found)}
+        steps = {int(at) for _, at in found if {(name, at) for name in needed} <= found}
         if steps and step is not None and step not in steps:
-            close = sorted(sorted(steps, key=lambda held: abs(held - step))[:3])
+            close = sorted(sorted(steps, key=lambda saved: abs(saved - step))[:3])
             raise UserError(f"{folder} holds no models of step {step}; close ones: {', '.join(map(str, close))}")
         if steps:
             return folder, max(steps) if step is None else step
-    raise UserError(f"{work_dir} holds no models (actor_STEP.pt, ...): train.py writes them with --save_model")
+    if (saved := read_checkpoint(work_dir)) and step in (None, saved["progress"]["step"]):
+        return None, saved["progress"]["step"]
+    wanted = "" if step is None else f" of step {step}"
+    raise UserError(f"{work_dir} holds no models{wanted} (actor_STEP.pt, ...): train.py writes them with --save_model")
 
 
-def args_file(work_dir: Path) -> Path | None:
-    """The run's args.json: in its folder, also if `work_dir` is the folder `model` in it. None if there is none."""
+def args_file(work_dir: Path) -> Path:
+    """The run's args.json, which may be missing; `work_dir` may be the folder `model` in the run's folder."""
     folder = work_dir.absolute()
-    folders = [folder, folder.parent] if folder.name == "model" else [folder]
-    return next((path for path in (folder / "args.json" for folder in folders) if path.exists()), None)
+    return (folder.parent if folder.name == "model" else folder) / "args.json"
 
 
 def training_flags(work_dir: Path, words: list[str]) -> argparse.Namespace:
     """The flags that the models were trained with: those of the run's args.json, if there is one, and `words`.
 
-    Raises UserError if args.json is not from train.py.
+    A value there that train.py would not take is replaced by the flag's default, with a note on stderr.
     """
     parser, path = train.make_parser(), args_file(work_dir)
-    flags = parser.parse_args(words)
-    if path is None:
-        return flags
-
-    def fail(message: str) -> NoReturn:
-        raise UserError(f"{path} is damaged: {message}")
-
-    content, parser.error = read_json(path), fail  # type: ignore[method-assign]
+    content = read_json(path) if path.exists() else {}
     if not isinstance(content, dict):
-        fail("it holds no flags")
-    fixed = {name: value for name, value in content.items() if parser.resume.get(name) == "fixed" and value is not None}
-    held = [f"--{name}={value}" for name, value in fixed.items() if not isinstance(value, bool)]
-    held += [f"--{name}" if value else f"--no-{name}" for name, value in fixed.items() if isinstance(value, bool)]
-    return parser.parse_args([*held, *words])
+        raise UserError(f"{path} is damaged: it holds no flags")
+    flags = {name: value for name, value in content.items() if parser.resume.get(name) == "fixed" and value is not None}
+    for name, value in list(flags.items()):
+        if not parser.allows(name, value):
+            report.say(f"note: {name} cannot be {value!r:.100}, as in {path}: without --{name} its default is used")
+            del flags[name]
+    return parser.parse_args(words, argparse.Namespace(**flags))
 
 
 def check_video(path: Path) -> None:
@@ -111,46 +108,51 @@ def check_video(path: Path) -> None:
         raise UserError(f"video {path} must end in .mp4")
     if os.path.lexists(path):
         raise UserError(f"video {path} exists already: choose another, or move it away")
-    check_folder(path.parent, f"the folder of video {path}")
+    check_writable(path.parent, f"the folder of video {path}")
 
 
-class Evaluation:
+class Player:
     """Saved models with their environments. `words` are flags of train.py.
 
     Raises UserError if what is asked for cannot be had; nothing has been written.
     """
 
-    def __init__(self, args: argparse.Namespace, words: list[str]):
-        self.folder, self.step = find_models(Path(args.work_dir), args.step)
-        self.flags = flags = training_flags(Path(args.work_dir), words)
+    def __init__(self, args: argparse.Namespace, words: list[str], resources: ExitStack):
+        self.work_dir, self.video = Path(args.work_dir), None if args.video is None else Path(args.video)
+        self.folder, self.step = find_models(self.work_dir, args.step)
+        flags = training_flags(self.work_dir, words)
         check_device(args.device)
         if args.precision == "bf16":  # that of the run was good where it was trained
-            check_bf16(args.device, flags.num_filters, flags.hidden_dim)
-        self.video = None if args.video is None else Path(args.video)
+            check_bf16(args.device)
         if self.video is not None:
             check_video(self.video)
         flags.device, flags.precision = args.device, args.precision or flags.precision
         flags.save_video, flags.save_tb = self.video is not None, False
         make_env = partial(train.make_env, flags, flags.seed)
-        with contextlib.closing(make_env()) as env:
+        with closing(make_env()) as env:
             try_out(env, flags)
             self.agent = train.make_agent(flags, env.observation_space.shape, env.action_space.shape)
+        self.load(words)
+        self.seeds = [episode_seed(args.seed, episode) for episode in range(args.episodes)]
+        envs = SideBySide(make_env, min(args.episodes, MAX_ENVS), args.eval_workers)
+        self.envs, self.stop = resources.enter_context(closing(envs)), Stop()
+        self.seen: list[tuple[np.ndarray, np.ndarray]] = []  # scene and observation, for the video
+
+    def load(self, words: list[str]) -> None:
+        """Loads the models into the agent, in evaluation mode. Raises UserError if they do not fit the flags."""
         try:
-            if (self.folder / "checkpoint.json").exists():
-                self.agent.load_state_dict(Checkpoint(self.folder).tensors(self.agent.device)["agent"])
-            else:
+            if self.folder is not None:
                 self.agent.load(self.folder, self.step)
+            elif saved := read_checkpoint(self.work_dir):
+                load_agent(self.agent, self.work_dir, saved)
         except UserError as error:
-            known, hint = args_file(Path(args.work_dir)), ""
-            if known is None:
+            path, hint = args_file(self.work_dir), ""
+            if not path.exists():
                 hint = "; without an args.json give the flags that it was trained with"
             elif words:
-                hint = f"; the flags given replace those of {known}"
+                hint = f"; the flags given replace those of {path}"
             raise UserError(f"{error}{hint}") from error
         self.agent.train(False)
-        self.seeds = [episode_seed(args.seed, episode) for episode in range(args.episodes)]
-        self.envs, self.stop = SideBySide(make_env, min(args.episodes, MAX_ENVS), args.eval_workers), Stop()
-        self.seen: list[tuple[np.ndarray, np.ndarray]] = []  # scene and observation
 
     def play(self) -> np.ndarray:
         """Plays the episodes and keeps what a video needs of the first one; their returns (N,).
@@ -159,9 +161,9 @@ class Evaluation:
             UserError: an action is NaN or infinite, or an environment's process has died.
             Stopped: a signal has asked for it.
         """
-        for moment in report.progress(play(self.envs, self.seeds, self.act), "evaluation"):
+        for moment in report.progress_bar(play(self.envs, self.seeds, self.act), "evaluation"):
             self.stop.check()
-            if self.video is not None and moment.first_moved:
+            if self.video is not None and moment.in_first_episode:
                 self.seen.append((self.envs.render(), moment.obs[0].copy()))
         for episode, error in moment.physics_errors.items():
             report.warn_of_divergence(f"episode {episode}, decision {moment.lengths[episode]}", error)
@@ -174,20 +176,25 @@ class Evaluation:
             raise UserError(f"the policy's action is NaN or infinite: the models of step {self.step} have diverged")
         return actions
 
-    def frames(self) -> Iterator[np.ndarray]:
-        """The pictures (H, W, 3): the scene and, of pixels, the newest observed frame and its reconstruction."""
+    def pictures(self) -> Iterator[np.ndarray]:
+        """The video's pictures (H, W, 3)."""
         for scene, obs in self.seen:
             self.stop.check()
-            stacks = [obs] if self.flags.encoder_type == "pixel" else []
-            if self.agent.decoder is not None:
-                stacks.append(self.agent.reconstruct(obs[None])[0])
-            pictures = [scene, *(stack[-3:].transpose(1, 2, 0) for stack in stacks)]
-            yield np.concatenate([scaled(picture) for picture in pictures], axis=1)
+            yield picture(self.agent, scene, obs)
 
 
 def episode_seed(seed: int, episode: int) -> int:
     """Seed of an episode. Its formula is fixed: with `seed_of` the same --seed would select other episodes."""
     return int(np.random.SeedSequence((seed, episode)).generate_state(1)[0])
+
+
+def picture(agent: SacAeAgent, scene: np.ndarray, obs: np.ndarray) -> np.ndarray:
+    """The scene and, of pixels, the newest observed frame and its reconstruction, side by side (H, W, 3)."""
+    stacks = [obs] if obs.ndim == 3 else []
+    if agent.decoder is not None:
+        stacks.append(agent.reconstruct(obs[None])[0])
+    panels = [scene, *(rgb(stack).transpose(1, 2, 0) for stack in stacks)]
+    return np.concatenate([scaled(panel) for panel in panels], axis=1)
 
 
 def scaled(picture: np.ndarray) -> np.ndarray:
@@ -200,21 +207,21 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     parser = make_parser()
     args, words = parser.parse_known_args(argv)
-    with report.one_line(parser.error):
-        evaluation = Evaluation(args, words)
-    envs, stop = evaluation.envs, evaluation.stop
-    with report.one_line(parser.complain), contextlib.closing(envs), stop.listen():
+    with report.one_line(parser.complain), ExitStack() as resources:
+        with report.one_line(parser.error):
+            player = Player(args, words, resources)
+        resources.enter_context(player.stop.listen())
         try:
-            report.show(f"models: {evaluation.folder}, step {evaluation.step}")
-            returns = evaluation.play()
-            for episode, (seed, value) in enumerate(zip(evaluation.seeds, returns, strict=True)):
+            report.show(f"models: {player.folder or player.work_dir / 'checkpoint'}, step {player.step}")
+            returns = player.play()
+            for episode, (seed, value) in enumerate(zip(player.seeds, returns, strict=True)):
                 report.show(f"episode {episode}, seed {seed}: return {value:.4f}")
             report.show(f"mean {returns.mean():.4f}, standard deviation {returns.std():.4f}")
-            if evaluation.video is not None:
-                write_video(evaluation.video, evaluation.frames(), overwrite=False)
-                report.show(f"video: {evaluation.video}")
+            if player.video is not None:
+                write_video(player.video, player.pictures(), overwrite=False)
+                report.show(f"video: {player.video}")
         except Stopped:
-            return stop.exit_status(parser.prog)
+            return player.stop.exit_status(parser.prog)
         return 0
     return 1
 

@@ -1,4 +1,4 @@
-"""Atomic files with checksums, and a list of the files that a program wrote."""
+"""Files that appear whole or not at all, with checksums. A failure is one line that names the file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import os
 import warnings
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,8 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def reading(path: Path, refusal: str = "is damaged or does not belong here: {}") -> Iterator[None]:
-    """Turns any failure to read a file into a UserError that names it; `refusal` has a place for the reason."""
+def reading(path: Path) -> Iterator[None]:
+    """Turns any failure to read a file into a UserError that names it."""
     try:
         yield
     except FileNotFoundError:
@@ -38,8 +38,8 @@ def reading(path: Path, refusal: str = "is damaged or does not belong here: {}")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:  # torch.load raises almost anything on a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} {refusal.format(reason)}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path} is damaged or does not belong here: {reason:.300}") from error
 
 
 def unfinished(path: Path) -> Path:
@@ -48,10 +48,7 @@ def unfinished(path: Path) -> Path:
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Replaces a file, in a folder that is made if need be, once the new content is on the disk.
-
-    Raises UserError, with the file's name, if the system refuses. What a killed write leaves, the next one replaces.
-    """
+    """Replaces a file once the new content is on the disk; makes its folder. Raises UserError, which names the file."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = unfinished(path)
@@ -92,7 +89,7 @@ def write_tensors(path: Path, content: Any) -> int:
 def read_tensors(path: Path, crc32: int, device: torch.device | str = "cpu") -> Any:
     """Reads what `write_tensors` wrote, onto the device. Executes nothing that the file contains.
 
-    Raises UserError if the file is missing, or has another checksum; the message names it.
+    Raises UserError, which names the file, if it is missing or has another checksum: PyTorch would load a changed bit.
     """
     with reading(path):
         content = path.read_bytes()
@@ -101,25 +98,19 @@ def read_tensors(path: Path, crc32: int, device: torch.device | str = "cpu") -> 
         return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
 
 
-def read_state(path: Path, like: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Reads a saved network: tensors with the names and shapes of `like`. Raises UserError, with the file's name."""
-    with (
-        reading(path, "is damaged, or holds something else than a network's weights"),
-        warnings.catch_warnings(action="ignore"),  # about files that are refused anyway
-    ):
+def read_weights(path: Path, like: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Reads saved weights, onto the device. Executes nothing that the file contains.
+
+    Raises UserError, which names the file, if it has not the names and shapes of `like`.
+    """
+    with reading(path), warnings.catch_warnings(action="ignore"):  # about files that are refused anyway
         state = torch.load(path, map_location=device, weights_only=True)
-    with reading(path, "is not of this network: {}"):
-        check_alike(state, like)
-    return state
-
-
-def check_alike(state: Any, like: Any) -> None:
-    """Raises ValueError unless both hold tensors of the same names and shapes, in dictionaries."""
-    theirs, mine = _shapes(state), _shapes(like)
-    for path in mine | theirs:
-        has, needed = (shapes.get(path, "is missing") for shapes in (theirs, mine))
-        if has != needed:
-            raise ValueError(f"{'/'.join(path) or 'it':.100} {has}; the network's {needed}")
+        theirs, mine = _shapes(state), _shapes(like)
+        for name in mine | theirs:
+            if theirs.get(name) != mine.get(name):
+                has, needed = theirs.get(name, "is missing"), mine.get(name, "has no such tensor")
+                raise ValueError(f"{'/'.join(name) or 'it':.100} {has}, this network {needed}")
+        return state
 
 
 def _shapes(state: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], str]:
@@ -131,7 +122,7 @@ def _shapes(state: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], str
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file. Raises UserError if it is missing or damaged; the message names it."""
+    """Reads a JSON file. Raises UserError, which names it, if it is missing or damaged."""
     with reading(path):
         return json.loads(path.read_text())
 
@@ -145,65 +136,15 @@ def _to_json(content: Any) -> str:
     return json.dumps(content, indent=1, default=lambda array: array.tolist())
 
 
-def read_index(path: Path) -> dict[str, Any]:
-    """Reads what `write_index` wrote. Raises UserError if it is missing or damaged; the message names it."""
-    index = read_json(path)
-    with reading(path, "is damaged, or was not written by this program"):
-        if index["crc32"] != zlib.crc32(_to_json(index["content"]).encode()):
-            raise ValueError
-        return index["content"]
-
-
 def write_index(path: Path, content: dict[str, Any]) -> None:
     """Writes a JSON file with its checksum, atomically; arrays become lists."""
     write_json(path, {"crc32": zlib.crc32(_to_json(content).encode()), "content": content})
 
 
-class Record:
-    """Keeps a list of the files that a program wrote to a folder and its subfolders. It replaces and removes no others.
-
-    A file is listed before it is first written, so that what a killed process leaves is known, and until it is removed.
-
-    Args:
-        folder: need not be there yet.
-        name: of the list, which has a line for each file.
-    """
-
-    def __init__(self, folder: Path, name: str):
-        self.path, self._list = folder, folder / name
-
-    def listed(self) -> set[Path]:
-        """The writer's files, whether they are there or not."""
-        if not self._list.exists():
-            return set()
-        with reading(self._list):
-            return {self.path / name for name in self._list.read_text().splitlines() if name}
-
-    def claim(self, *paths: Path) -> None:
-        """Lists files that are about to be written. Raises UserError if one is there and is not listed."""
-        for path in set(paths) - self.listed():
-            if os.path.lexists(path):
-                raise UserError(
-                    f"{path} was not written by this program: move it away, then continue (a run: by --resume)"
-                )
-        self.note(*paths)
-
-    def note(self, *paths: Path) -> None:
-        """Lists files."""
-        listed = self.listed()
-        if not listed.issuperset(paths):
-            self._write(listed.union(paths))
-
-    def remove(self, folder: Path, keep: Collection[str] = ()) -> None:
-        """Removes the listed files that lie in the folder itself, except those of the names to keep."""
-        listed = self.listed()
-        gone = {path for path in listed if path.parent == folder and path.name not in keep}
-        for path in gone:
-            with writing(path):
-                path.unlink(missing_ok=True)
-                unfinished(path).unlink(missing_ok=True)
-        if gone:
-            self._write(listed - gone)
-
-    def _write(self, paths: set[Path]) -> None:
-        write_atomically(self._list, "".join(f"{path.relative_to(self.path)}\n" for path in sorted(paths)).encode())
+def read_index(path: Path) -> dict[str, Any]:
+    """Reads what `write_index` wrote. Raises UserError, which names the file, if it is missing or damaged."""
+    index = read_json(path)
+    with reading(path):
+        if index["crc32"] != zlib.crc32(_to_json(index["content"]).encode()):
+            raise ValueError("its content has changed")
+        return index["content"]

@@ -17,10 +17,10 @@ import torch
 from termcolor import colored
 from torch import Tensor, nn
 
-from agent import Agent
 from errors import UserError
 from files import writing
 from support.report import show
+from utils import rgb
 
 # The console lines, which show fields of the log files.
 LINES = {
@@ -38,32 +38,38 @@ class Logger:
         log_dir: an existing folder. It gets `train.log` and `eval.log`, a JSON object a line.
         use_tb: whether to write TensorBoard's events under `tb`, too.
         config: ignored; the authors' Logger takes it.
-        state: what an earlier logger's `state` gave. What was written after that is cut, and forgotten by TensorBoard.
-            If lines before it are missing, UserError is raised, and nothing is cut.
+        state: what an earlier logger's `state` gave. Log lines and TensorBoard's events after it are cut. If lines
+            before it are missing, UserError is raised, and nothing is cut.
     """
 
     def __init__(self, log_dir: str | Path, use_tb: bool = True, config: str = "rl", state: dict | None = None):
         self._paths = {section: Path(log_dir) / f"{section}.log" for section in LINES}
-        self._tb, self._writer = Path(log_dir) / "tb", None
+        self._tb, self._writer, self._hook = Path(log_dir) / "tb", None, threading.excepthook
         # Pending, by key: the sum of how many values, and its step.
         self._values: dict[str, list[tuple[Any, int, int]]] = defaultdict(list)
+        self._step = -1  # of the newest line
         if state is not None:
-            self._values |= state["meters"]
-            sizes = {path: state["sizes"].get(path.name, 0) for path in self._paths.values()}
-            for path, size in sizes.items():
-                if size > (path.stat().st_size if path.exists() else 0):
-                    raise UserError(f"{path} is missing or shorter than at the checkpoint: lines were lost")
-            for path in filter(Path.exists, sizes):
-                with writing(path):
-                    os.truncate(path, sizes[path])
+            self._restore(state)
         if use_tb:
             from torch.utils.tensorboard import SummaryWriter  # only here: it takes seconds to import
 
-            with writing(self._tb):
-                self._writer = SummaryWriter(str(self._tb), purge_step=state["step"] + 1 if state else None)
-            # Hides the traceback of TensorBoard's thread: the next call raises its error.
-            hook = threading.excepthook
+            # TensorBoard's thread keeps an error for the next call, and must not print its traceback besides.
+            hook = self._hook
             threading.excepthook = lambda args: None if "AsyncWriter" in type(args.thread).__name__ else hook(args)
+            with writing(self._tb):
+                self._writer = SummaryWriter(str(self._tb), purge_step=None if state is None else self._step + 1)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Cuts the log files to their sizes, and takes the pending values."""
+        self._step = state["step"]
+        self._values |= state["meters"]
+        sizes = {path: state["sizes"].get(path.name, 0) for path in self._paths.values()}
+        for path, size in sizes.items():
+            if size > (path.stat().st_size if path.exists() else 0):
+                raise UserError(f"{path} is missing or shorter than at the checkpoint: lines were lost")
+        for path in filter(Path.exists, sizes):
+            with writing(path):
+                os.truncate(path, sizes[path])
 
     def log(self, key: str, value: float | Tensor, step: int, n: int = 1) -> None:
         """Collects a number or a scalar tensor, the sum of `n` values. Waits for no GPU. Refuses keys of no section."""
@@ -74,15 +80,16 @@ class Logger:
         self._values[key].append((kept, n, step))
 
     def dump(self, step: int) -> None:
-        """Writes a line for each section that has values: console, log file and TensorBoard.
+        """Writes a line for each section that has values: console, log file, TensorBoard.
 
-        Raises UserError if a file cannot be written, or if a loss is NaN or infinite; the message names it.
+        Raises UserError if a file cannot be written, or if a loss is NaN or infinite.
         """
         for section, path in self._paths.items():
             means = {key: _mean(key, self._values.pop(key)) for key in [*self._values] if key.startswith(section)}
             if not means:
                 continue
             record = {_field(key): mean for key, mean in means.items()} | {"step": step}
+            self._step = step
             with writing(path), path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
             for key, mean in means.items():
@@ -95,14 +102,14 @@ class Logger:
         for key, values in self._values.items():
             _mean(key, values)
 
-    def state(self, step: int) -> dict[str, Any]:
-        """Pending values, and the log files' sizes in bytes. Syncs the files to disk."""
+    def state(self) -> dict[str, Any]:
+        """Pending values, the newest line's step, and the log files' sizes in bytes. Syncs the files to disk."""
         meters = {key: [(float(value), n, at) for value, n, at in values] for key, values in self._values.items()}
         present = [path for path in self._paths.values() if path.exists()]
         for path in present:
             with writing(path), path.open("rb") as file:
                 os.fsync(file.fileno())
-        return {"step": step, "meters": meters, "sizes": {path.name: path.stat().st_size for path in present}}
+        return {"step": self._step, "meters": meters, "sizes": {path.name: path.stat().st_size for path in present}}
 
     def log_param(self, key: str, param: nn.Module, step: int) -> None:
         """Histograms of a layer's weight and bias, and of their gradients where there are any."""
@@ -132,7 +139,11 @@ class Logger:
 
     def close(self) -> None:
         """Flushes and closes TensorBoard's events. Raises UserError if they cannot be written."""
-        self._tensorboard("close")
+        try:
+            self._tensorboard("close")
+        finally:
+            if self._writer is not None:
+                threading.excepthook = self._hook
 
     def _tensorboard(self, method: str, *args: Any) -> None:
         """Calls a method of TensorBoard's writer, if there is one."""
@@ -161,7 +172,7 @@ def _field(key: str) -> str:
 
 
 @torch.no_grad()
-def log_networks(logger: Logger, agent: Agent, observations: np.ndarray, step: int) -> None:
+def log_networks(logger: Logger, agent: Any, observations: np.ndarray, step: int) -> None:
     """Weights of all networks that train, activations on observations (N, ...), and reconstructions beside them."""
     obs = agent.to_network_input(torch.as_tensor(observations))
     with ExitStack() as hooks:
@@ -176,5 +187,5 @@ def log_networks(logger: Logger, agent: Agent, observations: np.ndarray, step: i
         agent.critic(obs, agent.actor(obs, compute_pi=False, compute_log_pi=False)[0])
         if agent.decoder is not None:
             reconstruction = agent.decoder(agent.critic.encoder(obs)) + 0.5
-            pairs = torch.stack([obs[:, -3:] / 255, reconstruction[:, -3:]], dim=1)
+            pairs = torch.stack([rgb(obs) / 255, rgb(reconstruction)], dim=1)
             logger.log_image("eval/observation_and_reconstruction", pairs, step)

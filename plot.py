@@ -7,13 +7,12 @@ from support import signals
 if __name__ == "__main__":
     signals.start_program()
 
-import hashlib
+import itertools
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,91 +23,101 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from scipy import stats
 
+import train
 from errors import UserError
+from files import reading, writing
+from support import report
 from support.flags import OneLineParser, user_path
+from support.published import METHODS
 
 PUBLISHED = Path(__file__).parent / "results" / "published.csv"
 BUDGETS = (100_000, 500_000)  # environment steps
-METHODS = {  # by the types of encoder and decoder
-    ("pixel", "pixel"): "SAC+AE:pixel",
-    ("pixel", "identity"): "SAC:pixel",
-    ("identity", "identity"): "SAC:state",
-}
+TITLES = {(method.encoder_type, method.decoder_type): method.title for method in METHODS.values()}
 STYLES = {  # colours for colour-blind readers (Okabe and Ito), lines and markers for black-and-white prints
-    "SAC+AE:pixel": ("#0072B2", "-", "o"),
-    "SAC:pixel": ("#D55E00", "-.", "^"),
-    "SAC:state": ("#009E73", ":", "s"),
+    "SAC+AE:pixel": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
+    "SAC:pixel": {"color": "#D55E00", "linestyle": "-.", "marker": "^"},
+    "SAC:state": {"color": "#009E73", "linestyle": ":", "marker": "s"},
 }
-FREE = {  # flags that may differ among averaged runs
-    *("seed", "work_dir", "resume", "overwrite", "device", "num_train_steps", "replay_device", "cuda_graph", "compile"),
-    *("checkpoint_minutes", "checkpoint_freq", "eval_freq", "eval_workers", "num_eval_episodes"),
-    *("save_tb", "save_model", "save_buffer", "save_video"),
-}
+FREE = {"seed", "compile"}  # flags that may differ between averaged runs: these, and those that may change at --resume
+FREE |= {name for name, kind in train.make_parser().resume.items() if kind != "fixed"}
 COLUMNS = ["task", "method", "seed", "environment steps", "return", "deviation between episodes", "commit"]
-FILES = ("curves.png", "curves.svg", "scores.md", "scores.csv", "evaluations.csv")
-LIST = ".plot_files"  # the checksums of FILES in its folder, as this program wrote them: it replaces no others
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError)  # by damaged files
 matplotlib.rcParams["svg.hashsalt"] = "curves"  # the same runs give the same file
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """Returns the folders with an args.json in and below a folder. Follows symbolic links, also those in circles."""
+    found, seen = [], set()
+    for path, folders, files in os.walk(folder, followlinks=True):
+        if (real := Path(path).resolve()) in seen:
+            folders.clear()  # a link to a folder above would not end
+        elif "args.json" in files:
+            found.append(Path(path))
+        seen.add(real)
+    return sorted(found)
 
 
 def read_runs(folders: Iterable[Path]) -> pd.DataFrame:
     """Reads the runs in and below the folders, each once. Leaves unreadable ones out, with a line on stderr."""
     paths: dict[Path, Path] = {}  # by what they resolve to
     for folder in folders:
-        found = sorted(path.parent for path in folder.rglob("args.json"))
-        for path in found:
-            paths.setdefault(path.resolve(), path)
+        found = find_runs(folder)
+        paths |= {path.resolve(): path for path in found}
         if not found:
-            what = "no run there, nothing with an args.json" if folder.is_dir() else "the folder does not exist"
-            print(f"{folder}: {what}", file=sys.stderr)
+            print(f"{folder}: there is no run, nothing with an args.json", file=sys.stderr)
     runs = [pd.DataFrame()]  # if there is no run
     for path in paths.values():
         try:
             runs.append(read_run(path))
-        except UNREADABLE as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            print(f"{path} is left out, a log or its args.json cannot be read: {reason}", file=sys.stderr)
+        except UserError as error:
+            print(f"{path} is left out: {error}", file=sys.stderr)
     return pd.concat(runs, ignore_index=True)
 
 
 def read_run(folder: Path) -> pd.DataFrame:
-    """Reads a run of this project or the authors' script. Raises one of UNREADABLE if a file is missing or damaged.
+    """Reads a run of this project or the authors' script. Raises UserError if a file is missing or damaged.
 
-    Returns:
-        A row for each evaluation: COLUMNS, with NaN for what eval.log does not say and no commit without a starts.log;
-        and, the same in all rows, `run`, the folder; `interval` and `end`, the distance of two evaluations and the last
-        one, in environment steps; and each flag that is not FREE as text, in a column named `--flag`.
+    Returns a row for each evaluation: COLUMNS, with NaN for what eval.log does not say and no commit without a
+    starts.log; `run`, the folder; `end`, the run's last evaluation in environment steps; and as text, in columns named
+    `--flag`, the flags that are not FREE.
     """
-    flags = json.loads((folder / "args.json").read_text())
-    repeat = int(flags["action_repeat"])  # environment steps per step; the authors log steps only
-    log = pd.DataFrame([dict(json.loads(line)) for line in (folder / "eval.log").read_text().split("\n")[:-1]])
-    log = log.reindex(columns=["environment_steps", "step", "episode_reward", "episode_reward_std"]).astype(float)
-    steps, returns = log["environment_steps"].fillna(log["step"] * repeat), log["episode_reward"]
-    if log.empty or (steps.diff() <= 0).any() or not np.isfinite([steps, returns]).all():
-        raise ValueError("there are no evaluations, their steps do not rise, or a number is missing")
-    path = folder / "starts.log"  # of the run's parts, each from its step on
-    starts = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    commits = [[start["commit"] for start in starts if start["step"] * repeat <= step] for step in steps]
+    with reading(path := folder / "args.json"):
+        flags = json.loads(path.read_text())
+        repeat = int(flags["action_repeat"])  # environment steps per step; the authors log steps only
+        task, seed = f"{flags['domain_name']}_{flags['task_name']}", int(flags["seed"])
+        method, agent = TITLES[flags["encoder_type"], flags["decoder_type"]], flags.get("agent", "sac_ae")
+    with reading(path := folder / "eval.log"):
+        log = pd.DataFrame([dict(json.loads(line)) for line in path.read_text().split("\n")[:-1]])
+        log = log.reindex(columns=["environment_steps", "step", "episode_reward", "episode_reward_std"]).astype(float)
+        steps, returns = log["environment_steps"].fillna(log["step"] * repeat), log["episode_reward"]
+        if log.empty or (steps.diff() <= 0).any() or not np.isfinite([steps, returns]).all():
+            raise ValueError("there are no evaluations, their steps do not rise, or a number is missing")
+    with reading(path := folder / "starts.log"):  # of the run's parts, each from its step on
+        starts = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        commits = [[start["commit"] for start in starts if start["step"] * repeat <= step] for step in steps]
     columns = {
-        "task": f"{flags['domain_name']}_{flags['task_name']}",
-        "method": METHODS[flags["encoder_type"], flags["decoder_type"]],
-        "seed": int(flags["seed"]),
+        "task": task,
+        "method": method if agent == "sac_ae" else f"{method} ({agent})",
+        "seed": seed,
         "environment steps": steps.astype(int),
         "return": returns,
         "deviation between episodes": log["episode_reward_std"],
         "commit": [names[-1] if names else "" for names in commits],
         "run": folder,
-        "interval": int(flags["eval_freq"]) * repeat,
         "end": steps.iloc[-1],
-        **{f"--{name}": str(value) for name, value in flags.items() if name not in FREE},
     }
-    return pd.DataFrame(columns)
+    return pd.DataFrame(columns | {f"--{name}": str(value) for name, value in flags.items() if name not in FREE})
 
 
 def read_published(path: Path) -> pd.DataFrame:
-    """Reads published scores. Raises one of UNREADABLE if the file is missing or damaged."""
+    """Reads published scores. Raises UserError if the file is missing or damaged."""
     kinds = {"task": str, "method": str, "environment_steps": int, "mean_return": float, "std": float, "source": str}
-    return pd.read_csv(path, dtype=kinds)[list(kinds)]
+    with reading(path):
+        return pd.read_csv(path, dtype=kinds)[list(kinds)]
+
+
+def long_enough(runs: pd.DataFrame) -> pd.DataFrame:
+    """Returns the runs that are at least half as long as the longest. Others would cut the curve of the mean short."""
+    return runs[runs["end"] >= runs["end"].max() / 2]
 
 
 def notes(evaluations: pd.DataFrame) -> Iterator[str]:
@@ -120,7 +129,7 @@ def notes(evaluations: pd.DataFrame) -> Iterator[str]:
             yield f"{averaged} they differ in {', '.join(differ)}"
         if runs.drop_duplicates("run")["seed"].duplicated().any():
             yield f"{averaged} some have the same seed"
-        for run in runs["run"][runs["end"] < runs["end"].max() / 2].unique():
+        for run in runs["run"].drop(long_enough(runs).index).unique():
             yield f"note: {run} is not in the curve of the mean: it is not half as far as the longest run"
 
 
@@ -134,8 +143,7 @@ def estimate(samples: Sequence[np.ndarray]) -> tuple[float, float, float]:
 
 
 def curve(runs: pd.DataFrame) -> pd.DataFrame:
-    """Returns mean return and its interval, by environment steps, as far as all runs go that are long enough."""
-    runs = runs[runs["end"] >= runs["end"].max() / 2]  # a shorter one would cut the curve short
+    """Returns mean return and its interval, by environment steps, as far as all the runs go."""
     returns = runs.pivot(index="environment steps", columns="run", values="return")
     shared = returns.interpolate(method="index", limit_area="inside").dropna()
     means = [estimate([row]) for row in shared.to_numpy()]
@@ -143,39 +151,43 @@ def curve(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def scores_at(runs: pd.DataFrame, budget: int) -> np.ndarray:
-    """Returns the last returns (N,) within a budget in environment steps, of the N runs that reach it."""
+    """Returns the returns (N,) at a budget in environment steps, of the N runs that go on to 90 % of it.
+
+    A run's return is that of its last evaluation within the budget, if that is at 75 % of it or later.
+    """
     # As in the DrQ paper (arXiv 2004.13649): with evaluations every 80k steps, the score at 500k is from 480k.
-    reached = runs[(runs["end"] + runs["interval"] > budget) & runs["environment steps"].between(1, budget)]
+    reached = runs[(runs["end"] >= 0.9 * budget) & runs["environment steps"].between(0.75 * budget, budget)]
     return reached.groupby("run", sort=False)["return"].last().to_numpy()
 
 
 def draw(evaluations: pd.DataFrame, published: pd.DataFrame) -> Figure:
     """Returns the figure, a panel per task: each run faint, the mean and its interval, and published scores."""
-    tasks = evaluations.groupby("task")
+    tasks, others = evaluations.groupby("task"), sorted(set(evaluations["method"]) - STYLES.keys())
+    styles = STYLES | {method: {"color": f"C{index}", "marker": "D"} for index, method in enumerate(others, start=3)}
     columns, rows = min(3, len(tasks)), -(-len(tasks) // 3)
     figure = Figure(figsize=(4.2 * columns, 3.2 * rows), layout="constrained")
     legend: dict[str, Any] = {}
     for index, (task, shown) in enumerate(tasks, start=1):
         axis = figure.add_subplot(rows, columns, index)
         for number, (method, runs) in enumerate(shown.groupby("method"), start=1):
-            colour, line, marker = STYLES[method]
-            style: dict[str, Any] = {"color": colour, "marker": marker}
+            style: dict[str, Any] = styles[method]
             for _, run in runs.groupby("run", sort=False):
-                axis.plot(run["environment steps"], run["return"], color=colour, alpha=0.25, linewidth=0.8)
-            means = curve(runs)
-            axis.plot(means["mean"], line, ms=3, label=f"{method}, here (mean, 95 %)", **style)
-            axis.fill_between(means.index, means["low"], means["high"], color=colour, alpha=0.2, linewidth=0)
+                axis.plot(run["environment steps"], run["return"], color=style["color"], alpha=0.25, linewidth=0.8)
+            means = curve(long_enough(runs))
+            what = "mean, 95 %" if long_enough(runs)["run"].nunique() > 1 else "one seed"
+            axis.plot(means["mean"], ms=3, label=f"{method}, here ({what})", **style)
+            axis.fill_between(means.index, means["low"], means["high"], color=style["color"], alpha=0.2, linewidth=0)
             near = published[published["environment_steps"] <= 1.25 * runs["end"].max()]
             near = near[(near["task"] == task) & (near["method"] == method)].set_index("environment_steps")
             points = near["mean_return"][near["source"].str.contains("figure")]
             if len(points):
                 label = f"{method}, published figure"
-                axis.plot(points, "--", ms=4, mfc="white", linewidth=0.8, label=label, **style)
+                axis.plot(points, ms=4, mfc="white", linewidth=0.8, label=label, **style | {"linestyle": "--"})
             points = near[near["source"].str.contains("DrQ") & near.index.isin(BUDGETS)]
             if len(points):
                 steps = points.index + 0.025 * number * shown["end"].max()  # keeps several methods apart
                 mean, std, label = points["mean_return"], points["std"], f"{method}, DrQ paper's table"
-                axis.errorbar(steps, mean, std, ls="", ms=6, capsize=3, mec="black", label=label, **style)
+                axis.errorbar(steps, mean, std, ms=6, capsize=3, mec="black", label=label, **style | {"linestyle": ""})
         axis.set(title=task.replace("_", " "), xlabel="environment steps", ylabel="return", xlim=(0, None))
         if (shown["return"] >= 0).all():  # as in all tasks of the paper
             axis.set_ylim(-20, 1060)  # a return is at most 1000; a published deviation may reach beyond
@@ -188,19 +200,17 @@ def draw(evaluations: pd.DataFrame, published: pd.DataFrame) -> Figure:
 
 
 def table(evaluations: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
-    """Returns, for each budget, a row per method and task, then each method's mean over tasks, as text."""
+    """Returns, for each budget and method, a row per task, then the interquartile mean over tasks, as text."""
     drq = published[published["source"].str.contains("DrQ")]
     known = {tuple(key): f"{mean:g} ± {std:g}" for *key, mean, std, _ in drq.to_numpy()}
     rows = []
-    for budget in BUDGETS:
-        scores = {key: scores_at(runs, budget) for key, runs in evaluations.groupby(["method", "task"])}
-        entries = [(*key, [sample]) for key, sample in scores.items()]
-        for method in sorted(evaluations["method"].unique()):
-            samples = [sample for key, sample in scores.items() if key[0] == method]
-            # An interquartile mean needs four scores. Only equal numbers of seeds give tasks equal weights.
-            if len(samples) > 1 and sum(map(len, samples)) >= 4 and len({*map(len, samples)}) == 1:
-                entries.append((method, f"interquartile mean of {len(samples)} tasks", samples))
-        for method, name, samples in entries:
+    for budget, (method, runs_of_method) in itertools.product(BUDGETS, evaluations.groupby("method")):
+        entries = {task: [scores_at(runs, budget)] for task, runs in runs_of_method.groupby("task")}
+        scores = [sample for samples in entries.values() for sample in samples]
+        # An interquartile mean needs four scores. Only equal numbers of seeds give tasks equal weights.
+        if len(scores) > 1 and sum(map(len, scores)) >= 4 and len({*map(len, scores)}) == 1:
+            entries[f"interquartile mean of {len(scores)} tasks"] = scores
+        for name, samples in entries.items():
             seeds = len(samples[0])
             mean, low, high = estimate(samples) if seeds else (np.nan,) * 3
             value = f"{mean:.1f}" if seeds else "not reached"
@@ -212,64 +222,41 @@ def table(evaluations: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def make_files(folder: Path, evaluations: pd.DataFrame, published: pd.DataFrame) -> None:
-    """Writes FILES into an empty folder."""
+def write_files(out: Path, evaluations: pd.DataFrame, published: pd.DataFrame) -> None:
+    """Writes the figure and the tables into a folder. Raises UserError if it cannot be written."""
     figure, scores = draw(evaluations, published), table(evaluations, published)
-    figure.savefig(folder / "curves.png", dpi=150)
-    figure.savefig(folder / "curves.svg", metadata={"Date": None})
     rows = [scores.columns, ["---"] * len(scores.columns), *scores.to_numpy()]
-    (folder / "scores.md").write_text("".join(f"| {' | '.join(row)} |\n" for row in rows))
-    scores.to_csv(folder / "scores.csv", index=False)
-    evaluations.to_csv(folder / "evaluations.csv", columns=COLUMNS, index=False, na_rep="nan")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".plot.", dir=out) as temporary:  # so that files appear whole
+            folder = Path(temporary)
+            figure.savefig(folder / "curves.png", dpi=150)
+            figure.savefig(folder / "curves.svg", metadata={"Date": None})
+            (folder / "scores.md").write_text("".join(f"| {' | '.join(row)} |\n" for row in rows))
+            scores.to_csv(folder / "scores.csv", index=False)
+            evaluations.to_csv(folder / "evaluations.csv", columns=COLUMNS, index=False, na_rep="nan")
+            for path in folder.iterdir():
+                path.replace(out / path.name)
 
 
-def checksums(folder: Path) -> dict[str, str]:
-    """Returns the lines of LIST, name and SHA-256, of those of FILES that can be read."""
-    lines = {}
-    for name in FILES:
-        with suppress(OSError):
-            lines[name] = f"{name} {hashlib.sha256((folder / name).read_bytes()).hexdigest()}"
-    return lines
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line."""
     parser = OneLineParser(description=__doc__)
     parser.add_argument("folders", nargs="+", type=user_path, help="work_dirs of runs, or folders that contain them")
     parser.add_argument("--out", type=user_path, default="plots", help="folder for the figure and the tables")
     parser.add_argument("--published", type=user_path, default=str(PUBLISHED), help="CSV file of published scores")
     args = parser.parse_args(argv)
     out = Path(args.out)
-    try:
-        published = read_published(Path(args.published))
-    except UNREADABLE as error:
-        parser.error(f"{args.published} cannot be read as published scores: {error}")
-    evaluations = read_runs(map(Path, args.folders))
-    if evaluations.empty:
-        parser.error("there is no run to draw")
-    try:
-        mine = (out / LIST).read_text(errors="replace").splitlines() if (out / LIST).exists() else []
-        old = checksums(out)
-        if others := [name for name in FILES if os.path.lexists(out / name) and old.get(name) not in mine]:
-            what = f"files that plot.py has not written, or that were changed since ({', '.join(others)})"
-            parser.error(f"--out {out} holds {what}: move them away, or choose another folder")
+    with report.one_line(parser.error):
+        published, evaluations = read_published(Path(args.published)), read_runs(map(Path, args.folders))
+        if evaluations.empty:
+            raise UserError("there is no run to draw")
         for line in notes(evaluations):
             print(line, file=sys.stderr)
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".plot.", dir=out) as folder:  # so that files appear whole
-            make_files(Path(folder), evaluations, published)
-            # The list comes first, with both old and new files: an interrupted call leaves some of either.
-            lines = [*old.values(), *checksums(Path(folder)).values()]
-            (Path(folder) / LIST).write_text("".join(f"{line}\n" for line in lines))
-            for name in (LIST, *FILES):
-                (Path(folder) / name).replace(out / name)
-        signals.show((out / "scores.md").read_text().rstrip())
-    except OSError as error:
-        parser.error(f"--out {out} cannot be written: {error.strerror}")
-    except UserError as error:
-        parser.fail(str(error))
-    return 0
+        write_files(out, evaluations, published)
+    with report.one_line(parser.fail):
+        report.show((out / "scores.md").read_text().rstrip())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,31 +1,58 @@
 """Replay memory that keeps every frame once and rebuilds the stacks when it samples.
 
-A transition's two stacks of k frames share k - 1 of them, and the next transition shares all but one with it. With both
-stacks stored, a million transitions of 9 x 84 x 84 take 127 GB; with each frame stored once, 21.6 GB.
+The two stacks of a transition are k + 1 frames in a row, and the next transition shares k of them. With both stacks
+stored, a million transitions of 9 x 84 x 84 take 127 GB; with each frame stored once, 22 GB.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import uuid
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import replay_files
+from errors import UserError
+from files import read_index, read_tensors, unfinished, write_index, write_tensors, writing
 from randomness import generator
 
 Shape = tuple[int, ...]
-Batch = tuple[Tensor, ...]  # obs, action, reward, next_obs, not_done
+FIELDS = ("newest", "actions", "rewards", "not_dones")
+COUNTERS = ("transitions_added", "frames_added", "oldest", "draws")
+INDEX = "replay.json"
+CHUNKS = "[0-9]*_[0-9]*.pt"  # names of chunks, as a pattern of `glob`
+MAX_CHUNK = 10_000  # transitions in a file; one file at a time is copied in memory
+
+
+class Batch(NamedTuple):
+    """B transitions: obs and next_obs (B, ...), pixels uint8 and states float32; all else float32."""
+
+    obs: Tensor
+    action: Tensor  # (B, A)
+    reward: Tensor  # (B, 1)
+    next_obs: Tensor
+    not_done: Tensor  # (B, 1)
+
+
+class Chunk(NamedTuple):
+    """A file of transitions and their frames; `end` is the number after its last transition."""
+
+    name: str
+    crc32: int
+    end: int
 
 
 class ReplayBuffer:
-    """A ring of transitions over a ring of frames. Each transition names the frames of its stacks by number.
+    """A ring of transitions over a ring of frames.
 
-    The ring of frames has room for 1/64 more frames than transitions, because an episode of n transitions has n + 1
-    frames. With episodes shorter than 64 transitions, the oldest transitions are dropped before the ring is full.
+    k is the number of stacked frames, 1 for states. An episode of n decisions stores n + k frames. For states the ring
+    of frames has room for two frames a transition, so nothing is lost. For pixels it has room for 33/32: episodes of
+    fewer than 32 k decisions reduce the capacity to about 33/32 * n / (n + k) of it, the newest transitions.
 
     Args:
         obs_shape: (k * C, H, W) for pixels, kept as uint8, or (D,) for states, kept as float32.
@@ -39,8 +66,6 @@ class ReplayBuffer:
 
     Raises ValueError if stacks are not made of whole frames, or if the capacity is below 1.
     """
-
-    FIELDS = ("frame_ids", "actions", "rewards", "not_dones")
 
     def __init__(
         self,
@@ -58,19 +83,21 @@ class ReplayBuffer:
         self.obs_shape, self.device = tuple(obs_shape), torch.device(device)
         self.capacity, self.batch_size, self.seed = capacity, batch_size, seed
         self.nbytes = replay_bytes(obs_shape, action_shape, capacity, frame_channels)  # of memory, full or empty
-        arrays = storage(obs_shape, action_shape, capacity, frame_channels)
-        self.frames = filled(*arrays["frames"], frames_device)
-        self.frame_ids = filled(*arrays["frame_ids"]).numpy()
-        self.actions = filled(*arrays["actions"]).numpy()
-        self.rewards = filled(*arrays["rewards"]).numpy()
-        self.not_dones = filled(*arrays["not_dones"]).numpy()
-        self.num_stacked = self.frame_ids.shape[1] // 2
+        # Filled with zeros now, so that a lack of memory shows at the start; torch.zeros may take it later.
+        (shape, dtype), *others = storage(obs_shape, action_shape, capacity, frame_channels).values()
+        self.frames = torch.empty(shape, dtype=dtype, device=frames_device).zero_()
+        self.newest, self.actions, self.rewards, self.not_dones = (
+            torch.empty(shape, dtype=dtype).zero_().numpy() for shape, dtype in others
+        )
+        self.num_stacked = math.prod(obs_shape) // self.frames[0].numel()
+        self._shapes = [list(shape) for shape in (obs_shape, self.frames.shape[1:], action_shape)]
         # Numbers count from the start and never wrap; number n is stored at index n % length of its ring.
         self.frames_added = self.transitions_added = 0
         self.oldest = 0  # the first transition whose frames are all there
         self.draws = 0  # batches drawn
-        self.last_obs: list[bytes] = []  # the newest next_obs, frame by frame
-        self.files = replay_files.ReplayFiles(self)
+        self.id = uuid.uuid4().hex  # tells this replay's files from those of another
+        self._last = b""  # the newest next_obs
+        self._chunks: dict[str, list[Chunk]] = {}  # that are saved, by folder
 
     def __len__(self) -> int:
         """Transitions that can be drawn."""
@@ -85,65 +112,51 @@ class ReplayBuffer:
         done: bool | float,
         first: bool | None = None,
     ) -> None:
-        """Stores a transition.
+        """Stores a copy of a transition.
 
         Args:
             obs: stack before the action: the `next_obs` of the call before, except at an episode's start.
             action: (A,).
             reward: summed over the action's repeats.
-            next_obs: stack after the action.
+            next_obs: stack after the action: `obs` without its oldest frame, and a new frame.
             done: whether the task ended; a time limit does not count.
             first: whether the transition is the first of its episode. None: it is unless `obs` is the last `next_obs`.
 
-        Raises ValueError if a stack has another shape, or if `first` is False and `obs` is not the last `next_obs`.
+        Raises ValueError, and stores nothing, if a shape is wrong, or if a stack does not continue the one before it.
         """
-        stack, next_stack = self.split(obs), self.split(next_obs)
-        continues = stack == self.last_obs
+        action, reward, not_done = np.asarray(action, np.float32), float(reward), float(not done)
+        if not obs.shape == next_obs.shape == self.obs_shape:
+            raise ValueError(f"observations must have shape {self.obs_shape}, got {obs.shape} and {next_obs.shape}")
+        if action.shape != self.actions.shape[1:]:
+            raise ValueError(f"actions must have shape {self.actions.shape[1:]}, got {action.shape}")
+        dtype = np.uint8 if self.frames.dtype == torch.uint8 else np.float32
+        stack, next_stack = (np.asarray(each, dtype).reshape(self.num_stacked, -1) for each in (obs, next_obs))
+        continues = stack.tobytes() == self._last
         if first is False and not continues:
             raise ValueError("obs is not the next_obs of the transition before: say first=True where an episode begins")
+        if next_stack[:-1].tobytes() != stack[1:].tobytes():
+            raise ValueError("next_obs does not continue obs: it must be obs without its oldest frame, and a new frame")
+        new = next_stack[-1:] if continues and not first else np.concatenate([stack, next_stack[-1:]])
+        for frame in torch.from_numpy(new.reshape(-1, *self.frames.shape[1:]).copy()):
+            # On a GPU the copy is queued behind the update that may be running.
+            slot = self.frames[self.frames_added % len(self.frames)]
+            slot.copy_(pinned(frame, slot.device), non_blocking=True)
+            self.frames_added += 1
         place = self.transitions_added % self.capacity
-        ids = self.frame_ids[place - 1, self.num_stacked :].tolist() if continues and not first else self._store(stack)
-        shares = next_stack[:-1] == stack[1:]
-        next_ids = ids[1:] + self._store(next_stack[-1:]) if shares else self._store(next_stack)
-        self.last_obs = next_stack
-
-        self.frame_ids[place] = ids + next_ids
-        self.actions[place], self.rewards[place], self.not_dones[place] = action, reward, not done
+        self.newest[place] = self.frames_added - 1
+        self.actions[place], self.rewards[place], self.not_dones[place] = action, reward, not_done
+        self._last = next_stack.tobytes()
         self.transitions_added += 1
+        self._drop_overwritten()
+
+    def _drop_overwritten(self) -> None:
+        """Moves `oldest` to the first transition that is still there with all of its frames."""
         self.oldest = max(self.oldest, self.transitions_added - self.capacity)
-        while self.first_frame(self.oldest) < self.frames_added - len(self.frames):
+        while self.newest[self.oldest % self.capacity] - self.num_stacked < self.frames_added - len(self.frames):
             self.oldest += 1
 
-    def split(self, obs: np.ndarray) -> list[bytes]:
-        """The stack's frames, as they are stored."""
-        if obs.shape != self.obs_shape:
-            raise ValueError(f"the replay holds observations of shape {self.obs_shape}, got {obs.shape}")
-        dtype = np.uint8 if self.frames.dtype == torch.uint8 else np.float32
-        return [frame.tobytes() for frame in np.asarray(obs, dtype).reshape(self.num_stacked, -1)]
-
-    def _store(self, frames: list[bytes]) -> list[int]:
-        """Writes frames into the ring and returns their numbers; repeated frames are written once."""
-        ids: list[int] = []
-        for index, frame in enumerate(frames):
-            if index == 0 or frame != frames[index - 1]:
-                # On a GPU the copy is queued behind the update that may be running.
-                slot = self.frames[self.frames_added % len(self.frames)]
-                stored = torch.frombuffer(bytearray(frame), dtype=slot.dtype).view(slot.shape)
-                slot.copy_(pinned(stored, slot.device), non_blocking=True)
-                self.frames_added += 1
-            ids.append(self.frames_added - 1)
-        return ids
-
-    def first_frame(self, transition: int) -> int:
-        """Number of the oldest frame that a transition needs; it never falls from one transition to the next."""
-        return int(self.frame_ids[transition % self.capacity].min())
-
     def sample(self) -> Batch:
-        """Draws a batch uniformly, with replacement. Raises ValueError if nothing is stored.
-
-        It is obs (B, ...), action (B, A), reward (B, 1), next_obs (B, ...), not_done (B, 1), on the device: pixels
-        uint8, all else float32.
-        """
+        """Draws a batch uniformly, with replacement, onto the device. Raises ValueError if nothing is stored."""
         batch = self.gather(self.draw())
         self.draws += 1
         return batch
@@ -156,14 +169,14 @@ class ReplayBuffer:
         return random.integers(self.oldest, self.transitions_added, self.batch_size)
 
     def gather(self, transitions: np.ndarray, staging: Sequence[Tensor | None] = (None, None)) -> Batch:
-        """The transitions of these numbers, as `sample` returns them.
+        """The transitions of these numbers, on the device.
 
         Frames in host memory go to a GPU through `staging`, if it is given: pinned memory for those of obs and of
         next_obs, (B * k, *frame shape).
         """
-        rows = transitions % self.capacity
-        slots = torch.from_numpy(self.frame_ids[rows] % len(self.frames))
-        places = send(torch.stack(slots.chunk(2, dim=1)).view(2, -1), self.frames.device)
+        rows, k = transitions % self.capacity, self.num_stacked
+        frames = (self.newest[rows, None] + np.arange(-k, 1)) % len(self.frames)
+        places = send(torch.from_numpy(np.stack([frames[:, :k], frames[:, 1:]]).reshape(2, -1)), self.frames.device)
         # index_select copies frame by frame; indexing by brackets goes byte by byte, seven times slower on a CPU.
         obs, next_obs = (
             torch.index_select(self.frames, 0, place, out=out) for place, out in zip(places, staging, strict=True)
@@ -173,54 +186,135 @@ class ReplayBuffer:
         obs, next_obs, values = (send(tensor, self.device) for tensor in (obs, next_obs, torch.from_numpy(fields)))
         size, shape = len(rows), (len(rows), *self.obs_shape)
         action, reward, not_done = (part.view(size, -1) for part in values.tensor_split([-2 * size, -size]))
-        return obs.view(shape), action, reward, next_obs.view(shape), not_done
+        return Batch(obs.view(shape), action, reward, next_obs.view(shape), not_done)
 
     def save(self, save_dir: str | Path) -> None:
-        """Writes what was added since the last `save`: chunks `START_END.pt`, and `replay.json`, which lists them.
+        """Writes what the folder lacks: chunks `START_END.pt`, then `replay.json`, which lists them. If empty, nothing.
 
-        Each file appears whole or not at all, and a save that is killed leaves the one before it good. Chunks that the
-        rings have overwritten are deleted; no file that `.replay_files` does not list is.
+        A save that is killed leaves the one before it whole. Of other files, only chunks that are not listed any more
+        are deleted; no chunk replaces a file.
 
-        Raises UserError if the folder holds files of another replay or of the authors' script, and UserError, with
-        the file's name, if the system refuses to write one.
+        Raises UserError if the folder holds anything but a save of this replay, or if a file cannot be written.
         """
-        self.files.save(Path(save_dir))
+        folder = Path(save_dir)
+        path, here = folder / INDEX, str(folder.resolve())
+        if not self.transitions_added:
+            return
+        if not path.exists() and not any(folder.glob("[!.]*")):
+            # If the first save is killed, this tells whose files are there.
+            empty = {"id": self.id, "shapes": self._shapes, "chunks": [], "saved": {}}
+            write_index(path, dict.fromkeys(COUNTERS, 0) | empty)
+        index = read_index(path) if path.exists() else {}
+        if index.get("id") != self.id:
+            raise UserError(f"{folder} belongs to another replay: save to an empty folder")
+        listed, known = [Chunk(*chunk) for chunk in index["chunks"]], self._chunks.get(here, [])
+        names = {chunk.name for chunk in listed}
+        # What is left of saves that failed.
+        remove(folder / chunk.name for chunk in known if chunk.name not in names)
+        remove(folder.glob(unfinished(Path(CHUNKS)).name))
+        # A killed run or a copy of this replay may have saved other transitions there.
+        needed = [chunk for chunk in known if chunk.end > self.oldest]
+        self._chunks[here] = list(takewhile(listed.__contains__, needed))
+        index = self.save_chunks(folder)
+        write_index(path, index)
+        remove(folder / name for name in names.difference(chunk.name for chunk in index["chunks"]))
+
+    def save_chunks(self, folder: Path) -> dict[str, Any]:
+        """Writes what the folder lacks, and replaces no file. Returns the index for `load_chunks`, as JSON can hold it.
+
+        `index["chunks"]` are the files (name, crc32, end) that belong to it.
+        """
+        here = str(folder.resolve())
+        chunks = self._chunks[here] = [chunk for chunk in self._chunks.get(here, []) if chunk.end > self.oldest]
+        for start in range(chunks[-1].end if chunks else self.oldest, self.transitions_added, MAX_CHUNK):
+            end = min(start + MAX_CHUNK, self.transitions_added)
+            rows = np.arange(start, end) % self.capacity
+            content = {field: torch.from_numpy(getattr(self, field)[rows]) for field in FIELDS}
+            slots = self._slots(int(self.newest[rows[0]]) - self.num_stacked, int(self.newest[rows[-1]]) + 1)
+            content["frames"] = self.frames.index_select(0, slots).cpu()
+            name = f"{start}_{end}.pt"
+            while (folder / name).exists():  # the save before may need it
+                name = f"0{name}"
+            chunks.append(Chunk(name, write_tensors(folder / name, content), end))
+        # A resumed run goes on saving to all of its folders.
+        saved = {at: list(others) for at, others in self._chunks.items() if at != here}
+        index = {"id": self.id, "shapes": self._shapes, "chunks": list(chunks), "saved": saved}
+        return {name: getattr(self, name) for name in COUNTERS} | index
 
     def load(self, save_dir: str | Path) -> None:
         """Restores what `save` wrote: contents, position, number of draws, and where the next `save` begins.
 
-        Raises UserError if this buffer is not empty or is too small, or if a file, which is named, is unusable.
+        If this replay has room for fewer frames, the oldest transitions are dropped.
+
+        Raises UserError if this replay is not empty or has another shape or too small a capacity, or if a file is
+        missing or damaged.
         """
-        self.files.load(Path(save_dir))
+        self.load_chunks(Path(save_dir), read_index(Path(save_dir) / INDEX))
+
+    def load_chunks(self, folder: Path, index: dict[str, Any]) -> None:
+        """Fills this replay from an index that `save_chunks` gave; errors as `load`."""
+        stored = index["transitions_added"] - index["oldest"]
+        if self.transitions_added:
+            raise UserError("this replay holds transitions already: load into a new one")
+        if index["shapes"] != self._shapes:
+            raise UserError(f"{folder} holds a replay of shapes {index['shapes']}, not {self._shapes}")
+        if stored > self.capacity:
+            raise UserError(f"{folder} holds {stored} transitions, more than the replay's capacity, {self.capacity}")
+        chunks = [Chunk(*chunk) for chunk in index["chunks"]]
+        for name, crc32, end in chunks:
+            content = read_tensors(folder / name, crc32)
+            # The rings may be shorter than the chunk: its end is what counts.
+            rows = np.arange(end - len(content["rewards"]), end)[-self.capacity :] % self.capacity
+            for field in FIELDS:
+                getattr(self, field)[rows] = content[field][-self.capacity :].numpy()
+            frames, frames_end = content["frames"][-len(self.frames) :], int(content["newest"][-1]) + 1
+            slots = self._slots(frames_end - len(frames), frames_end)
+            self.frames.index_copy_(0, slots, frames.to(self.frames.device))
+        for name in ("id", *COUNTERS):
+            setattr(self, name, index[name])
+        self._drop_overwritten()
+        if len(self):
+            newest_stack = self._slots(self.frames_added - self.num_stacked, self.frames_added)
+            self._last = self.frames.index_select(0, newest_stack).cpu().numpy().tobytes()
+        self._chunks = {at: [Chunk(*chunk) for chunk in saved] for at, saved in index["saved"].items()}
+        self._chunks[str(folder.resolve())] = chunks
+
+    def _slots(self, start: int, end: int) -> Tensor:
+        """Places in the ring of the frames of these numbers."""
+        return torch.arange(start, end, device=self.frames.device) % len(self.frames)
 
 
 def storage(
     obs_shape: Shape, action_shape: Shape, capacity: int, frame_channels: int = 3
 ) -> dict[str, tuple[Shape, torch.dtype]]:
     """Shapes and types of what a replay stores, by name."""
-    num_stacked, frame, dtype = 1, tuple(obs_shape), torch.float32  # a state is a stack of one frame
+    # A state is a stack of one frame; frames are small, so that there is room for episodes of one decision each.
+    frame, dtype, room = tuple(obs_shape), torch.float32, 2 * capacity
     if len(obs_shape) == 3:
         if obs_shape[0] % frame_channels:
             raise ValueError(f"{obs_shape[0]} channels are not a whole number of frames of {frame_channels} channels")
-        num_stacked, frame, dtype = obs_shape[0] // frame_channels, (frame_channels, *obs_shape[1:]), torch.uint8
+        frame, dtype = (frame_channels, *obs_shape[1:]), torch.uint8
+        room = capacity + capacity // 32 + 2 * obs_shape[0] // frame_channels
     return {
-        "frames": ((capacity + capacity // 64 + 2 * num_stacked, *frame), dtype),
-        "frame_ids": ((capacity, 2 * num_stacked), torch.int64),  # those of obs, then of next_obs
+        "frames": ((room, *frame), dtype),
+        "newest": ((capacity,), torch.int64),  # number of the newest frame of next_obs
         "actions": ((capacity, *action_shape), torch.float32),
         "rewards": ((capacity, 1), torch.float32),
         "not_dones": ((capacity, 1), torch.float32),
     }
 
 
-def filled(shape: Shape, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """A tensor filled with zeros now, so that a lack of memory shows at the start; torch.zeros may take it later."""
-    return torch.empty(shape, dtype=dtype, device=device).zero_()
-
-
 def replay_bytes(obs_shape: Shape, action_shape: Shape, capacity: int, frame_channels: int = 3) -> int:
     """Bytes that a replay of this size takes, frames and all else."""
     arrays = storage(obs_shape, action_shape, capacity, frame_channels)
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in arrays.values())
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Deletes files, those that are there."""
+    for path in paths:
+        with writing(path):
+            path.unlink(missing_ok=True)
 
 
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:

@@ -11,7 +11,6 @@ import argparse
 import ctypes
 import itertools
 import json
-import os
 import shlex
 import signal
 import subprocess
@@ -25,7 +24,7 @@ try:
     import ray
     from rich.console import Console, Group
     from rich.live import Live
-    from rich.table import Column, Table
+    from rich.table import Table
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
@@ -34,19 +33,16 @@ except ModuleNotFoundError as error:
 
 import dmc2gym
 import train
-from encoder import conv_output_shape
 from errors import UserError
 from replay_buffer import replay_bytes
-from settings import Count, Rate, Weight
+from sac_ae import Count, NonNegative, Positive
 from support import report
-from support.checks import check_resumed, parse_run
+from support.checkpoint import Progress, parse_run
 from support.flags import OneLineParser, number, user_path
-from support.run import Progress
-from support.signals import HANGUP, Stop, held_signals
-from support.work_dir import WorkDir
+from support.published import METHODS, REPEATS
+from support.signals import Stop
 
 ROOT = Path(__file__).resolve().parent
-METHODS = {"sac_ae": ("pixel", "pixel"), "sac_pixel": ("pixel", "identity"), "sac_state": ("identity", "identity")}
 OWN = {"domain_name", "task_name", "encoder_type", "decoder_type", "seed", "work_dir", "overwrite"}  # not after --
 PUBLISHED_BUDGET = 500_000  # environment steps
 
@@ -62,29 +58,38 @@ def make_parser() -> OneLineParser:
     add("dry_run", bool, False, "only print the runs and their memory")
     add = parser.section("where to run it")
     add("address", str, "local", "of a Ray cluster, or auto for the one this machine is in")
-    add("gpus_per_run", Weight, 0.0, "GPUs that a run asks for; a fraction shares a GPU; 0: a node's first GPU")
+    add("gpus_per_run", NonNegative, 0.0, "GPUs that a run asks for; a fraction shares a GPU; 0: a node's first GPU")
     add("cpus_per_run", number(float, 0.0001), 1.0, "cores that a run asks for")
-    add("memory_per_run", Rate | None, None, "GB that a run asks for; None: an estimate")
+    add("memory_per_run", Positive | None, None, "GB that a run asks for; None: an estimate")
     parser.add_argument("flags", nargs="*", help=argparse.SUPPRESS)
     return parser
+
+
+def resume(flags: list[str]) -> tuple[argparse.Namespace, bool]:
+    """The flags in force in a run, and whether it has ended. What train.py refuses, it says itself when it runs."""
+    parser = train.make_parser()
+    with suppress(UserError, OSError):
+        args, saved = parse_run(parser, flags)
+        return args, saved is not None and Progress(**saved["progress"]).ended(args.num_train_steps)
+    return parser.parse_args(flags), False
+
+
+def lines_of(path: Path) -> list[str]:
+    """The lines of a file; none if it cannot be read."""
+    with suppress(OSError):
+        return path.read_text(errors="replace").splitlines()
+    return []
 
 
 class Job:
     """A run of the sweep: its flags of train.py, the `args` that they come to, and the bytes that it asks for."""
 
-    def __init__(self, flags: list[str], args: argparse.Namespace, memory: int):
-        self.flags, self.args, self.memory, self.work_dir = flags, args, memory, WorkDir(Path(args.work_dir))
-        self.name, self.outcome, self.old_lines = self.work_dir.path.name, "", 0
-        self.old_lines = len(self.printed())
-        self.state = "done" if self.ended() else "waits"  # or "runs" or "failed"
-
-    def ended(self) -> bool:
-        """Whether nothing is left to do. If the checkpoint cannot be read or has other flags, train.py will say so."""
-        with suppress(UserError, OSError):
-            check_resumed(self.args, train.make_parser(), self.work_dir)
-            now = Progress(**(self.work_dir.checkpoint.read()["progress"] or {}))
-            return now.step >= self.args.num_train_steps and not now.evaluation_due()
-        return False
+    def __init__(self, flags: list[str], memory_per_run: float | None):
+        self.flags, (self.args, ended) = flags, resume(flags)
+        self.memory = int(memory_per_run * 1e9) if memory_per_run else memory(self.args)
+        self.work_dir = Path(self.args.work_dir)
+        self.name, self.state = self.work_dir.name, "done" if ended else "waits"  # or "runs" or "failed"
+        self.old_lines, self.outcome = len(lines_of(self.work_dir / "output.log")), ""
 
     def finish(self, task: Any) -> str:
         """Finds out how Ray's task has ended. Returns a line about it."""
@@ -92,66 +97,55 @@ class Job:
             reason = f"status {ray.get(task)}"  # 0, but not ended: this machine does not see the node's work_dir
         except ray.exceptions.RayError as error:
             reason = str(getattr(error, "cause", type(error).__name__))
-        self.state = "done" if self.ended() else "failed"
+        self.state = "done" if resume(self.flags)[1] else "failed"
         self.outcome = f"{self.name} {'has ended' if self.state == 'done' else f'failed with {reason}'}"
         return self.outcome
 
     def printed(self) -> list[str]:
         """The lines that the run has printed in this sweep."""
-        with suppress(OSError):
-            return (self.work_dir.path / "output.log").read_text(errors="replace").splitlines()[self.old_lines :]
-        return []
+        return lines_of(self.work_dir / "output.log")[self.old_lines :]
 
     def last(self, log: str) -> dict[str, Any]:
-        """The last record of a log; an empty one if there is none yet, or a part of it."""
-        with suppress(OSError, ValueError, IndexError):
-            return json.loads((self.work_dir.path / log).read_text().splitlines()[-1])
+        """The last record of a log, whose last line may be half written; an empty one if there is none yet."""
+        for line in reversed(lines_of(self.work_dir / log)):
+            with suppress(ValueError):
+                return json.loads(line)
         return {}
 
 
 def make_runs(args: argparse.Namespace) -> list[Job]:
     """The runs of the sweep. Raises UserError if there is no such task or method, or if train.py refuses the flags."""
     by_name = {"_".join(task): task for task in dmc2gym.task_names()}
-    published = {"_".join(task): repeat for task, repeat in report.PUBLISHED_REPEATS.items()}
+    published = {"_".join(task): repeat for task, repeat in REPEATS.items()}
     tasks = list(published if args.tasks == "published" else dict.fromkeys(args.tasks.split(",")))
     methods = list(dict.fromkeys(args.methods.split(",")))
     if unknown := [name for name in tasks if name not in by_name] + [name for name in methods if name not in METHODS]:
         raise UserError(f"there is no task or method {', '.join(unknown)}; a task is cartpole_swingup, for one")
-    runs, parser = [], train.make_parser()
-    given = parser.given(args.flags)
+    given = train.make_parser().given(args.flags)
     if own := sorted(OWN & given.keys()):
         raise UserError(f"--{', --'.join(own)} after --: tasks, methods and seeds say that")
     if args.gpus_per_run > 1 and args.gpus_per_run % 1:
         raise UserError(f"gpus_per_run must be a fraction or a whole number, got {args.gpus_per_run:g}")
+    runs, folder = [], Path(args.work_dir).resolve()
     # Seeds are outermost: a sweep that is cut short has seen every task.
     for seed, task, method in itertools.product(range(1, args.seeds + 1), tasks, methods):
-        (domain, name), (encoder, decoder) = by_name[task], METHODS[method]
-        flags = f"--domain_name {domain} --task_name {name} --encoder_type {encoder} --decoder_type {decoder}".split()
-        flags += ["--eval_workers", str(max(1, int(args.cpus_per_run)))]
+        (domain, name), (_, encoder, decoder) = by_name[task], METHODS[method]
+        values: dict[str, Any] = {"domain_name": domain, "task_name": name}
+        values |= {"encoder_type": encoder, "decoder_type": decoder, "seed": seed}
+        values |= {"work_dir": folder / f"{task}-{method}-{seed}", "eval_workers": max(1, int(args.cpus_per_run))}
         if task in published:
             repeat = given.get("action_repeat", published[task])
-            flags += ["--action_repeat", str(repeat), "--num_train_steps", str(PUBLISHED_BUDGET // repeat)]
-        work_dir = Path(args.work_dir).resolve() / f"{task}-{method}-{seed}"
-        flags += [*args.flags, "--seed", str(seed), "--work_dir", str(work_dir), "--resume"]
-        in_force = parser.parse_args(flags)
-        with suppress(UserError, OSError):  # if the checkpoint cannot be read, train.py will say so
-            in_force = parse_run(parser, flags)
-        estimate = memory(in_force)
-        runs.append(Job(flags, in_force, int(args.memory_per_run * 1e9) if args.memory_per_run else estimate))
+            values |= {"action_repeat": repeat, "num_train_steps": PUBLISHED_BUDGET // repeat}
+        flags = [f"--{key}={value}" for key, value in values.items() if key not in given]
+        runs.append(Job([*flags, *args.flags, "--resume"], args.memory_per_run))
     return runs
 
 
 def memory(args: argparse.Namespace) -> int:
-    """Estimates a run's host memory in bytes: the replay, and 2 GB (on states 1 GB) for the rest.
-
-    Raises UserError if train.py would refuse these sizes.
-    """
-    if args.replay_buffer_capacity < args.batch_size:
-        raise UserError(f"replay_buffer_capacity must be at least batch_size, {args.batch_size}")
+    """Estimates a run's host memory in bytes: the replay, and 2 GB (on states 1 GB) for the rest."""
     capacity = min(args.replay_buffer_capacity, args.num_train_steps)
     if args.encoder_type == "identity":
         return replay_bytes((100,), (6,), capacity) + 10**9  # the shape of states is not known before the task is made
-    conv_output_shape(args.image_size, args.image_size, args.num_layers)
     obs_shape = (3 * args.frame_stack, args.image_size, args.image_size)
     return replay_bytes(obs_shape, (6,), 0 if args.replay_device == "cuda" else capacity) + 2 * 10**9
 
@@ -185,11 +179,13 @@ def start_ray(args: argparse.Namespace, largest: Job) -> None:
     options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
     if args.address == "local":
         options["object_store_memory"] = 100_000_000  # it stays empty, and would take a third of the memory
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # Ray's processes inherit it: they must outlast the terminal
     try:
-        with held_signals(HANGUP):  # when the terminal closes, Ray must not end before the runs
-            ray.init(args.address, **options)
+        ray.init(args.address, **options)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise UserError(f"there is no Ray cluster at {args.address}: {error}") from error
+    finally:
+        signal.signal(signal.SIGHUP, before)
     asked = {"CPU": args.cpus_per_run, "GPU": args.gpus_per_run, "memory": largest.memory}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(all(node.get(name, 0) >= amount for name, amount in asked.items()) for node in nodes):
@@ -201,8 +197,7 @@ def table(runs: list[Job]) -> Group:
     """How far each run is. Those that are running come first: a terminal shows as many rows as it has room for."""
     count = [run.state for run in runs].count
     title = f"{count('done')} of {len(runs)} runs have ended, {count('runs')} are running, {count('failed')} failed"
-    columns = [Column(name, justify="right", no_wrap=True) for name in ("decisions", "a second", "last return", "left")]
-    rows = Table(Column("run", overflow="fold"), *columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    rows = Table("run", "decisions", "a second", "last return", "left", box=None)
     for run in sorted(runs, key=lambda run: run.state != "runs"):
         training, evaluation, total = run.last("train.log"), run.last("eval.log"), run.args.num_train_steps
         step, speed = max(training.get("step", 0), evaluation.get("step", 0)), training.get("decisions_per_second")
@@ -219,7 +214,7 @@ def carry_out(runs: list[Job], args: argparse.Namespace, console: Console, stop:
         try:
             for run in (run for run in runs if run.state == "waits"):
                 options = run_train.options(num_cpus=args.cpus_per_run, num_gpus=args.gpus_per_run, memory=run.memory)
-                tasks[options.remote(run.flags, run.work_dir.path)] = run
+                tasks[options.remote(run.flags, run.work_dir)] = run
             with Live(console=console, auto_refresh=False, transient=True) as live:
                 while tasks and stop.number is None:
                     for task in ray.wait(list(tasks), timeout=2)[0]:
@@ -239,7 +234,7 @@ def carry_out(runs: list[Job], args: argparse.Namespace, console: Console, stop:
             if tasks:
                 ray.wait(list(tasks), num_returns=len(tasks), timeout=120)
             for run in tasks.values():
-                run.state = "done" if run.ended() else "waits"
+                run.state = "done" if resume(run.flags)[1] else "waits"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -261,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
             carry_out(runs, args, console, stop)
         console.print(table(runs))
     except OSError as error:  # stdout is full or gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python fails once more when it exits
+        signals.silence(1)  # or Python fails once more when it exits
         parser.complain(str(error))
         return 1
     finally:

@@ -19,18 +19,17 @@ import numpy as np
 import torch
 
 import dmc2gym
+import utils
 from errors import UserError
 from logger import Logger, log_networks
 from randomness import random_action, seed_of
-from sac_ae import SacAeAgent
-from settings import Count, Weight
+from sac_ae import Count, NonNegative, SacAeAgent
 from support import report
-from support.checks import check_run, parse_run
+from support.checkpoint import Lock, Progress, Run, parse_run
 from support.cuda_graph import Graphs
 from support.evaluation import MAX_ENVS, SideBySide, play
 from support.flags import OneLineParser, number, settings_of, user_path
-from support.machine import cores, make_replay, try_out
-from support.run import Progress, Run
+from support.machine import check_bf16, check_compiler, check_device, cores, make_replay, try_out
 from support.signals import Stopped
 from utils import FrameStack, eval_mode, set_seed_everywhere
 from video import VideoRecorder
@@ -68,8 +67,8 @@ def make_parser() -> OneLineParser:
     add = parser.section("run")
     add("work_dir", user_path, "./log", "run folder; a new one without --resume or --overwrite", resume="command")
     add("resume", bool, False, "continue the run in work_dir, or start one there", resume="command")
-    add("overwrite", bool, False, "remove the run in work_dir, and start a new one", resume="command")
-    add("checkpoint_minutes", Weight, 10, "minutes between checkpoints, at ends of episodes", resume="free")
+    add("overwrite", bool, False, "move the run in work_dir to WORK_DIR.TIME, and start a new one", resume="command")
+    add("checkpoint_minutes", NonNegative, 10, "minutes between checkpoints, at ends of episodes", resume="free")
     add("checkpoint_freq", Count | None, None, "also a checkpoint every so many decisions", resume="free")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("device", str, device, "device of the networks", resume="machine")
@@ -97,73 +96,82 @@ def make_env(args: argparse.Namespace, seed: int) -> Any:
     return FrameStack(env, args.frame_stack) if pixels else env
 
 
-# Processes that play evaluation episodes get functions of this file by value: they need not import it, nor PyTorch.
+# What evaluation processes get of this file and of utils.py is pickled as code, not by name: they need not import these
+# files, and so not PyTorch.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
+cloudpickle.register_pickle_by_value(utils)
 
 
 def make_agent(args: argparse.Namespace, obs_shape: tuple[int, ...], action_shape: tuple[int, ...]) -> SacAeAgent:
     """The agent of the flags; on a GPU, unless told otherwise, with CUDA graphs."""
     kind = AGENTS[args.agent]
     settings = {name: getattr(args, name) for name in settings_of([kind])}
+    for name, (_, default, _) in settings_of(AGENTS.values()).items():
+        if name not in settings and getattr(args, name) != default:
+            raise UserError(f"the agent {args.agent} has no setting {name}: leave --{name} out, or choose its agent")
     agent = kind(obs_shape, action_shape, args.device, **settings)
-    agent.check_attributes()
+    agent.check_complete()
     agent.train()  # a subclass may have added networks
     if args.cuda_graph == "auto" and agent.device.type == "cuda":
-        Graphs(agent, report.say)
+        Graphs(agent, report.say)  # replaces the agent's `update_from` and `actions`
     return agent
 
 
 def train(run: Run) -> None:
-    """The training loop. A decision: an action, the updates that are due, an environment step, the replay's `add`.
+    """The training loop. A decision: choose an action, do the updates that are due, act, store the transition.
+
+    To act is one call of `env.step`, which makes `action_repeat` environment steps.
 
     Raises:
         Stopped: a signal has come; the run can continue from this point.
         UserError: a loss or an action became NaN or infinite, or a file cannot be written.
     """
-    args, agent, env, replay, logger, now = run.args, run.agent, run.env, run.replay, run.logger, run.progress
+    args, agent, env, replay, logger, progress = run.args, run.agent, run.env, run.replay, run.logger, run.progress
     while True:
-        if now.evaluation_due():
+        if progress.evaluation_due():
             with eval_mode(agent):
                 evaluate(run)
-            now.next_evaluation = (now.step // args.eval_freq + 1) * args.eval_freq
-        if now.step >= args.num_train_steps:
+            progress.plan_evaluation(args.eval_freq)
+        if progress.step >= args.num_train_steps:
             break
         if run.checkpoint_due():
             run.save_checkpoint()
-        obs, over = run.begin_episode(), False
-        while not over and now.step < args.num_train_steps:
+        run.begin_episode()
+        over = False
+        while not over and progress.step < args.num_train_steps:
             run.stop.check()
-            if now.action is None:  # a resumed run may hold one: a signal came during the updates that follow it
-                if now.step < args.init_steps:
-                    now.action = random_action(env.action_space, args.seed, now.step)
+            # A resumed run that was stopped between updates has its action already: the policy has changed since.
+            if progress.action is None:
+                if progress.step < args.init_steps:
+                    progress.action = random_action(env.action_space, args.seed, progress.step)
                 else:
-                    now.action = check_finite(agent.sample_action(obs), logger, now.step)
-            # The update precedes the environment step: its batch lacks this transition; a GPU works during the step.
-            # No updates during the random decisions; then a burst of one for each, all at this step, so that actor and
-            # target train in all or none of them, as in the authors' script; then one update a decision.
-            owed = range(now.step - now.updates if now.step >= args.init_steps else 0)
-            for _ in report.progress(owed, "first updates") if len(owed) > 1 else owed:
-                agent.update(replay, logger, now.step)
-                now.updates += 1
-                run.pace.lap(left=args.num_train_steps - 1 - now.updates)
+                    progress.action = check_finite(agent.sample_action(run.obs), logger, progress.step)
+            # The updates precede `env.step`, so that a GPU computes while the simulator works; their batches lack this
+            # transition. The first decision after the random ones makes init_steps updates, all with its step, so that
+            # actor and target train in all or none of them, as in the authors' script. Later ones make one.
+            updates_due = range(progress.step - progress.updates if progress.step >= args.init_steps else 0)
+            is_burst = progress.step == args.init_steps
+            for _ in report.progress_bar(updates_due, "first updates") if is_burst else updates_due:
+                agent.update(replay, logger, progress.step)
+                progress.updates += 1
                 run.stop.check()
-            next_obs, reward, terminated, truncated, info = env.step(now.action)
+            next_obs, reward, terminated, truncated, info = env.step(progress.action)
             # A time limit (truncated) is not a terminal state: the target still bootstraps.
-            replay.add(obs, now.action, reward, next_obs, terminated, first=not now.actions)
-            now.actions.append(now.action)
-            now.episode_return += float(reward)
-            now.step += 1
-            obs = run.obs = next_obs
-            now.action, over = None, terminated or truncated
+            replay.add(run.obs, progress.action, reward, next_obs, terminated, first=not progress.actions)
+            progress.actions.append(progress.action)
+            progress.episode_return += float(reward)
+            progress.step += 1
+            run.obs = next_obs
+            progress.action, over = None, terminated or truncated
             if "physics_error" in info:
-                logger.log("train/physics_errors", 1, now.step)
-                report.warn_of_divergence(f"step {now.step}", info["physics_error"])
+                logger.log("train/physics_errors", 1, progress.step)
+                report.warn_of_divergence(f"step {progress.step}", info["physics_error"])
         run.note_time()
         if over:
-            log_episode(logger, now, args.action_repeat)
-            now.episode, now.actions, now.episode_return, now.seconds = now.episode + 1, [], 0.0, 0.0
+            log_episode(logger, progress, args.action_repeat)
+            progress.begin_next_episode()
     logger.check_losses()  # of the last episode, if it was cut short
-    run.save_models()
+    save_models(run)
 
 
 def check_finite(action: np.ndarray, logger: Logger, step: int) -> np.ndarray:
@@ -181,11 +189,14 @@ def log_all(logger: Logger, section: str, step: int, values: dict[str, Any]) -> 
     logger.dump(step)
 
 
-def log_episode(logger: Logger, now: Progress, action_repeat: int) -> None:
+def log_episode(logger: Logger, progress: Progress, action_repeat: int) -> None:
     """Writes the line of the episode that has ended."""
-    values = {"episode": now.episode, "episode_reward": now.episode_return, "duration": now.seconds}
-    values |= {"environment_steps": now.step * action_repeat, "decisions_per_second": len(now.actions) / now.seconds}
-    log_all(logger, "train", now.step, values)
+    values = {"episode": progress.episode, "episode_reward": progress.episode_return, "duration": progress.seconds}
+    values |= {
+        "environment_steps": progress.step * action_repeat,
+        "decisions_per_second": len(progress.actions) / progress.seconds,
+    }
+    log_all(logger, "train", progress.step, values)
 
 
 def evaluate(run: Run) -> None:
@@ -195,16 +206,16 @@ def evaluate(run: Run) -> None:
     moments = play(run.eval_envs, seeds, lambda obs: check_finite(agent.select_actions(obs), logger, step))
     run.video.init(enabled=True)
     seen = []
-    for moment in report.progress(moments, "evaluation"):
+    for moment in report.progress_bar(moments, "evaluation"):
         run.stop.check()  # an interrupted evaluation is played again
-        if moment.first_moved:
+        if moment.in_first_episode:
             run.video.record(run.eval_envs)
             seen += [moment.obs[0].copy()] if args.save_tb else []
     for episode, error in moment.physics_errors.items():
         report.warn_of_divergence(
             f"step {step}, evaluation episode {episode}, decision {moment.lengths[episode]}", error
         )
-    run.save_video()
+    save_video(run)
     seconds = time.perf_counter() - start_time
     values = {
         "episode_reward": moment.returns.mean(),
@@ -217,40 +228,68 @@ def evaluate(run: Run) -> None:
     log_all(logger, "eval", step, values)
     if args.save_tb:
         log_networks(logger, agent, np.stack(seen[:: max(1, len(seen) // 8)][:8]), step)
-    run.save_models()
+    save_models(run)
 
 
-def open_run(args: argparse.Namespace, parser: OneLineParser, resources: ExitStack) -> Run:
-    """Makes what the loop uses. Before all environments, agent and replay exist, only work_dir's `.lock` is written.
+def save_models(run: Run) -> None:
+    """Writes networks and replay, if asked for."""
+    if run.args.save_model:
+        run.agent.save(run.path / "model", run.progress.step)
+    if run.args.save_buffer:
+        run.replay.save(run.path / "buffer")
 
-    Raises UserError if this is impossible; the message says what to do.
+
+def save_video(run: Run) -> None:
+    """Writes the recorded episode, if one was, as an mp4 and, thinned to about 100 frames, for TensorBoard."""
+    video, step = run.video, run.progress.step
+    if video.enabled:
+        try:
+            if run.args.save_video:
+                video.save(f"{step}.mp4")
+            run.logger.log_video("eval/video", video.frames[:: -(-len(video.frames) // 100)], step)
+        except UserError as error:
+            report.say(f"warning: {error}; the run goes on without videos")
+            run.video = VideoRecorder(None)
+        video.init(enabled=False)  # lets go of the frames
+
+
+def open_run(
+    args: argparse.Namespace, saved: dict[str, Any] | None, lock: Lock, resources: ExitStack
+) -> tuple[Run, list[str]]:
+    """Makes what the loop uses, and the lines to print first.
+
+    What fails to be made fails before anything is written, except work_dir's `.lock`. `saved` is the index of the
+    checkpoint to resume. Raises UserError, which says what to do.
     """
+    if args.replay_buffer_capacity < args.batch_size:
+        raise UserError(f"replay_buffer_capacity must be at least batch_size, {args.batch_size}")
+    check_device(args.device)
+    if args.precision == "bf16" and saved is None:  # a run that began in bfloat16 goes on in it on any machine
+        check_bf16(args.device)
+    if args.compile:
+        check_compiler()
     set_seed_everywhere(args.seed)
     make = functools.partial(make_env, args, args.seed)
-    with closing(make()) as spare:
-        try_out(spare, args)
-        renderer = dmc2gym.renderer_of(spare, drawn=args.encoder_type == "pixel" or args.save_video)
     env = resources.enter_context(closing(make()))
+    try_out(env, args)
     agent = make_agent(args, env.observation_space.shape, env.action_space.shape)
-    run = Run(args, env, agent, make_replay(args, env, agent.device))
-    resources.enter_context(run.work_dir.lock())
+    replay = make_replay(args, env, agent.device)
     envs = SideBySide(make, min(args.num_eval_episodes, MAX_ENVS), args.eval_workers)
-    run.eval_envs = resources.enter_context(closing(envs))
-    lines = run.open(parser, functools.partial(Logger, run.work_dir.path, args.save_tb))
-    resources.enter_context(closing(run.logger))
+    run = Run(args, env, agent, replay, resources.enter_context(closing(envs)))
     # For TensorBoard alone, a run on states records no videos: it then needs no renderer.
     recorded = args.save_video or (args.save_tb and args.encoder_type == "pixel")
-    run.video = VideoRecorder(run.work_dir.path / "video" if recorded else None)
+    run.video = VideoRecorder(run.path / "video" if recorded else None)
+    renderer = dmc2gym.renderer_of(env, drawn=args.encoder_type == "pixel" or args.save_video)
+    lines = run.open(saved, lock, functools.partial(Logger, run.path, args.save_tb))
+    resources.enter_context(closing(run.logger))
     resources.enter_context(run.stop.listen())
-    run.lines = [*lines, *(() if run.ended() else report.describe(run, renderer))]
-    return run
+    ended = run.progress.ended(args.num_train_steps)
+    return run, lines if ended else [*lines, *report.describe(run, renderer)]
 
 
 def carry_out(run: Run, prog: str) -> int:
     """Trains; a signal stops it with a checkpoint. Returns the exit status."""
-    for line in run.lines:
-        report.show(line)
-    if run.ended():
+    if run.progress.ended(run.args.num_train_steps):
         return 0
     try:
         train(run)
@@ -260,7 +299,7 @@ def carry_out(run: Run, prog: str) -> int:
         run.save_checkpoint()
         return run.stop.exit_status(prog, f" at step {run.progress.step}: --resume continues it")
     step, environment_steps = run.progress.step, run.progress.step * run.args.action_repeat
-    report.show(f"done: {step:,} decisions, {environment_steps:,} environment steps; all is in {run.work_dir.path}")
+    report.show(f"done: {step:,} decisions, {environment_steps:,} environment steps; all is in {run.path}")
     return 0
 
 
@@ -269,9 +308,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     with report.one_line(parser.complain), ExitStack() as resources:
         with report.one_line(parser.error):
-            args = parse_run(parser, argv)
-            check_run(args, parser)
-            run = open_run(args, parser, resources)
+            lock = resources.enter_context(closing(Lock()))
+            args, saved = parse_run(parser, argv, lock)
+            run, lines = open_run(args, saved, lock, resources)
+        for line in lines:
+            report.show(line)
         return carry_out(run, parser.prog)
     return 1  # `one_line` has printed an error
 

@@ -26,7 +26,7 @@ class FrameStack:
 
     Args:
         env: a gym 0.26 or Gymnasium environment that observes pixels (C, H, W), uint8.
-        k: frames in an observation (k * C, H, W), a new array at each step.
+        k: frames in an observation (k * C, H, W), a new array at each call.
     """
 
     def __init__(self, env: Any, k: int):
@@ -55,11 +55,8 @@ class FrameStack:
 
 
 def frame_channels(env: Any) -> int:
-    """Channels of a single frame in an environment's observations, which may be stacks."""
-    channels = env.observation_space.shape[0]
-    stacked = getattr(env, "num_stacked", None)
-    # Without FrameStack: RGB frames if 3 divides the channels, else one frame.
-    return channels // stacked if stacked else 3 if channels % 3 == 0 else channels
+    """Channels of a single frame in an environment's observations: without a FrameStack they are one frame."""
+    return env.observation_space.shape[0] // getattr(env, "num_stacked", 1)
 
 
 @contextmanager
@@ -105,6 +102,14 @@ def make_dir(dir_path: str | Path) -> Path:
     path = Path(dir_path)
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def rgb(obs: Any) -> Any:
+    """The newest frame in pixels (..., C, H, W), an array or a tensor, as a picture (..., 3, H, W).
+
+    These are the last three channels; of fewer, the first one three times, as grey.
+    """
+    return obs[..., -3:, :, :] if obs.shape[-3] >= 3 else obs[..., [0, 0, 0], :, :]
 
 
 def preprocess_obs(obs: Tensor, bits: int = 5) -> Tensor:

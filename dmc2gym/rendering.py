@@ -21,8 +21,8 @@ _INSTALL_HINT = "on Debian or Ubuntu: apt-get install libegl1 libgl1-mesa-dri li
 def choose_backend() -> None:
     """Sets MUJOCO_GL on Linux, unless the user has: "egl" (needs no display), else "osmesa", else "disabled".
 
-    A backend can load and still not work, so each one is tried. A failed trial leaves PyOpenGL unusable in its
-    process, so trials run in subprocesses. On other systems dm_control chooses.
+    A backend can load and still not work, so each one is tried, in a subprocess, because a failure leaves PyOpenGL
+    unusable. On other systems dm_control chooses.
     """
     # OSMesa would draw in a thread, which ends before its contexts are freed at exit: that prints tracebacks.
     os.environ.setdefault("DISABLE_RENDER_THREAD_OFFLOADING", "true")
@@ -43,8 +43,7 @@ def render_on(device: str) -> None:
     if kind != "cuda" or os.environ.get("MUJOCO_GL") != "egl" or "MUJOCO_EGL_DEVICE_ID" in os.environ:
         return
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # numbers, or names that EGL does not know
-    names = visible.split(",") if visible else []
-    number = (names[int(index or 0) :] or [""])[0] if names else index
+    number = dict(enumerate(visible.split(","))).get(int(index or 0), "") if visible else index
     if number.isdecimal() and number != "0" and _works("egl", MUJOCO_EGL_DEVICE_ID=number):  # 0 is EGL's own choice
         _choose("MUJOCO_EGL_DEVICE_ID", number)
 
@@ -56,7 +55,8 @@ def _choose(name: str, value: str) -> None:
 
 def _works(backend: str, **variables: str) -> bool:
     """Whether a renderer starts with this backend. The trial takes a third of a second."""
-    command = [sys.executable, "-c", "from dm_control._render import Renderer; Renderer(8, 8).free()"]
+    # -P: nothing is imported from the current folder.
+    command = [sys.executable, "-P", "-c", "from dm_control._render import Renderer; Renderer(8, 8).free()"]
     environment = os.environ | {"MUJOCO_GL": backend} | variables
     try:
         return subprocess.run(command, env=environment, capture_output=True, timeout=60).returncode == 0

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import warnings
+from contextlib import suppress
 from typing import Any
 
 import gym
@@ -22,12 +23,7 @@ _UNLIMITED = 1e10  # dm_control's limit of an actuator that has none (mjMAXVAL)
 
 
 def make(domain_name: str, task_name: str, seed: int = 1, *, episode_length: int = 1000, **options: Any) -> gym.Env:
-    """Makes a `DMCWrapper`, whose keywords `options` are, with a limit of environment steps, in whole decisions.
-
-    Raises ValueError if the limit is less than 1.
-    """
-    if episode_length < 1:
-        raise ValueError(f"episode_length must be at least 1, got {episode_length}")
+    """Makes a `DMCWrapper`, whose keywords `options` are, with a limit of environment steps, in whole decisions."""
     env = DMCWrapper(domain_name, task_name, seed, **options)
     return TimeLimit(env, max_episode_steps=math.ceil(episode_length / env.frame_skip))
 
@@ -42,8 +38,7 @@ def renderer_of(env: Any, drawn: bool = True) -> tuple[str, bool] | None:
 
     None if `env`, of gym or Gymnasium and wrapped or not, is no `DMCWrapper`. Raises UserError if nothing renders.
     """
-    task = env.unwrapped
-    task = getattr(task, "gym_env", task).unwrapped  # a gym environment that shimmy shows as one of Gymnasium
+    task = getattr(env.unwrapped, "gym_env", env).unwrapped  # shimmy's `gym_env` is gym's, shown as one of Gymnasium
     if not isinstance(task, DMCWrapper):
         return None
     if not drawn:
@@ -79,26 +74,22 @@ def _no_observation(_physics: Any) -> dict[str, np.ndarray]:
 class DMCWrapper(gym.Env):
     """A Control Suite task. Only the task's own time limit ends an episode; `make` adds one in environment steps.
 
-    Raises ValueError if there is no such task, or if `frame_skip` is less than 1; UserError if the user chose a
-    renderer that does not load. A pickle holds no renderer; the copy starts its own when it draws.
+    Raises UserError if there is no such task, or if the renderer that the user chose does not load; ValueError if
+    `frame_skip` is less than 1. A pickle holds no renderer; the copy starts its own when it draws.
 
     Args:
         domain_name, task_name: of the suite.
         seed: of the task's randomness and of the action space.
         visualize_reward: whether `render` colours the scene by reward. Observed pixels never show the reward.
         from_pixels: whether to observe pixels, uint8, instead of states, (D,) float64.
-        height, width: of observed pixels.
+        height, width: of observed pixels, which are (3, H, W), or (H, W, 3) unless `channels_first`.
         camera_id: of all pictures. None: camera 0, but 2 for quadruped, whose camera 0 does not follow the robot.
         frame_skip: environment steps in a decision; the action is repeated.
-        environment_kwargs: for dm_control's Environment.
-        time_limit: of the task, in simulated seconds. None: the task's default.
-        channels_first: whether pixels are (3, H, W) or (H, W, 3).
+        environment_kwargs, time_limit: for dm_control's Environment and task (simulated seconds). None: its defaults.
         render_size: height and width of the pictures of a plain `render()`. None: those of observed pixels.
 
-    Attributes:
-        physics: dm_control's simulation.
-        state_space: the space of states, also if pixels are observed.
-        current_state: the last state, (D,) float64; None before the first reset.
+    `physics` is dm_control's simulation. Also if pixels are observed, `state_space` is the space of states, and
+    `current_state` the last one, (D,) float64; None before the first reset.
     """
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012  # gym annotates it as an instance's
@@ -121,8 +112,7 @@ class DMCWrapper(gym.Env):
     ):
         if (domain_name, task_name) not in task_names():
             wanted, names = f"{domain_name} {task_name}", [" ".join(names) for names in task_names()]
-            in_domain = [name for name in names if name.startswith(f"{domain_name} ")]
-            close = ", ".join(in_domain or difflib.get_close_matches(wanted, names, cutoff=0.4)) or "none"
+            close = ", ".join(difflib.get_close_matches(wanted, names, n=5, cutoff=0.4)) or "none"
             raise UserError(f"the Control Suite has no task {wanted}; close ones: {close}")
         if frame_skip < 1:
             raise ValueError(f"frame_skip must be at least 1, got {frame_skip}")
@@ -135,7 +125,7 @@ class DMCWrapper(gym.Env):
         self.camera_id = camera_id if camera_id is not None else {"quadruped": 2}.get(domain_name, 0)
 
         limits = self._env.action_spec()
-        unlimited = np.abs([limits.minimum, limits.maximum]).max(axis=0) >= _UNLIMITED
+        unlimited = np.maximum(-limits.minimum, limits.maximum) >= _UNLIMITED
         self._action_low = np.where(unlimited, -1.0, limits.minimum)
         self._action_high = np.where(unlimited, 1.0, limits.maximum)
         self.action_space = gym.spaces.Box(-1.0, 1.0, limits.shape, np.float32, seed=seed)
@@ -149,8 +139,8 @@ class DMCWrapper(gym.Env):
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         """Starts an episode. A seed alone determines it; only LQR's springs come from the seed of `make`.
 
-        Returns observation and info, as `step` does. Raises dm_control's PhysicsError if the simulation diverges at
-        once, ten times, and UserError if pixels are observed and nothing can render.
+        Returns observation and info, as `step` does. Raises UserError if pixels are observed and nothing can render,
+        and dm_control's PhysicsError if the simulation diverges at once, ten times.
         """
         super().reset(seed=seed)
         if seed is not None:
@@ -158,17 +148,17 @@ class DMCWrapper(gym.Env):
         # Quadruped escape asks for a renderer, to tell it the new terrain. One that starts later sees it anyway.
         self.physics._make_rendering_contexts = lambda: None  # hides the class's method
         try:
-            for attempts_left in reversed(range(10)):
-                try:
-                    time_step = self._env.reset()
-                    break
-                except PhysicsError:
-                    if not attempts_left:
-                        raise
+            time_step = self._begin_episode()
         finally:
             del self.physics._make_rendering_contexts
         self._last = self._observe(time_step)
         return self._last
+
+    def _begin_episode(self) -> Any:
+        for _ in range(9):
+            with suppress(PhysicsError):
+                return self._env.reset()
+        return self._env.reset()
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Repeats an action (A,), in [-1, 1], for `frame_skip` environment steps, or until the episode ends.
@@ -176,8 +166,7 @@ class DMCWrapper(gym.Env):
         Returns the last observation, the sum of rewards, whether the task ended (its discount is 0), whether its time
         ran out, and info: `internal_state` (the simulator's, float64) and `discount`. If the simulation diverges, the
         episode ends with reward 0, discount 0, the previous observation, and the reason in info as `physics_error`.
-
-        Raises ValueError if the action has another shape, is out of range or is not finite; UserError as `reset`.
+        Raises ValueError for an action of another shape or range, UserError as `reset`.
         """
         action = np.asarray(action, dtype=np.float64)
         if action.shape != self.action_space.shape or not (np.abs(action) <= 1).all():

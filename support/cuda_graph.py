@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agent import Agent, Metrics
 from replay_buffer import pinned
+from sac_ae import Metrics, SacAeAgent
 
 WARMUP = 3  # calls of a kind before its capture, in which libraries choose algorithms and take their workspaces
 
@@ -70,15 +70,19 @@ class Graphs:
     If a capture fails, `report` gets one line, once, and all further calls run without graphs.
     """
 
-    def __init__(self, agent: Agent, report: Callable[[str], Any]):
+    def __init__(self, agent: SacAeAgent, report: Callable[[str], Any]):
         self._agent, self._report = agent, report
         self._update, self._actions = agent.update_from, agent.actions
         self._captured: dict[Any, Capture] = {}
         self._calls: Counter[Any] = Counter()
         self._names: dict[Any, list[str]] = {}  # of an update's metrics
-        self._pool = torch.cuda.graph_pool_handle() if agent.device.type == "cuda" else None
+        self._pool: Any = None
         agent.update_from = self.update_from  # type: ignore[method-assign, assignment]
-        agent.actions = self.actions
+        agent.actions = self.actions  # type: ignore[method-assign]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the agent captures graphs of its own."""
+        return vars(self) | {"_captured": {}, "_calls": Counter(), "_pool": None}
 
     def update_from(self, batch: Sequence[Tensor], due: Any) -> Metrics:
         """As the agent's."""
@@ -86,9 +90,7 @@ class Graphs:
         def update(*batch: Tensor) -> Tensor:
             metrics = self._update(batch, due)
             self._names[due] = list(metrics)
-            # Drops the gradients: graphs overwrite their memory, and histograms would be wrong.
-            for optimizer in self._agent.optimizers.values():
-                optimizer.zero_grad()
+            self._agent.zero_grad()  # graphs overwrite the gradients' memory, and histograms would be wrong
             return torch.stack([value.double() for value in metrics.values()])
 
         values = self._call(("update", due), update, batch)
@@ -104,8 +106,11 @@ class Graphs:
         if self._calls[key] <= WARMUP:
             return function(*arguments)
         if key not in self._captured:
+            device = self._agent.device
+            if self._pool is None and device.type == "cuda":
+                self._pool = torch.cuda.graph_pool_handle()
             try:
-                self._captured[key] = Capture(function, arguments, self._agent.device, self._pool)
+                self._captured[key] = Capture(function, arguments, device, self._pool)
             except RuntimeError as error:
                 self._agent.update_from, self._agent.actions = self._update, self._actions  # type: ignore[method-assign]
                 self._captured.clear()  # they will not be launched again

@@ -1,4 +1,4 @@
-"""Episodes played side by side, in this process or spread over others.
+"""Episodes played side by side, in this process or in child processes.
 
 All environments make each decision together, so that one call of the policy serves them all. Episode i is always in
 the same row of the same call's batch, whatever the number of processes, and so always gets the same actions.
@@ -6,8 +6,6 @@ the same row of the same call's batch, whatever the number of processes, and so 
 
 from __future__ import annotations
 
-import io
-import os
 import pickle
 import subprocess
 import sys
@@ -16,155 +14,140 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from types import CodeType
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import cloudpickle
 import numpy as np
 
 from errors import UserError
-from support.signals import held_signals
+from support.signals import STOPPING
 
 # Each environment takes memory (84 MB from pixels, drawn in software) and a renderer's context, of which drivers allow
 # few. More episodes are played in waves.
 MAX_ENVS = 10
 
+# What a child process runs. A scheduler may send signals to all processes of a job: the child ignores them at once.
+CHILD = f"""import signal, sys
+for number in {[*map(int, STOPPING)]}: signal.signal(number, signal.SIG_IGN)
+sys.path[:] = sys.argv[2:]
+from support.evaluation import serve; serve(int(sys.argv[1]))"""
+
 
 class EpisodeError(RuntimeError):
-    """An environment failed in another process; the message is the traceback there."""
+    """Code failed in a child process; the message is its traceback there."""
 
 
-class _Group:
-    """Some environments in this process."""
-
-    def __init__(self) -> None:
-        self._envs: list[Any] = []
-        self._answers: list[Any] = []
-
-    def start(self, method: str, arguments: Sequence[Any]) -> None:
-        """Calls a method of this class for environment i with argument i, unless that is None."""
-        call = getattr(self, method)
-        self._answers = [None if value is None else call(index, value) for index, value in enumerate(arguments)]
-
-    def finish(self) -> list[Any] | Exception:
-        """The values of the last calls, or the error of another process."""
-        return self._answers
-
-    def make(self, _index: int, make_env: Callable[[], Any]) -> None:
-        self._envs.append(make_env())
-
-    def reset(self, index: int, seed: int) -> np.ndarray:
-        return self._envs[index].reset(seed=seed)[0]
-
-    def step(self, index: int, action: np.ndarray) -> tuple[np.ndarray, float, bool, str | None]:
-        obs, reward, terminated, truncated, info = self._envs[index].step(action)
-        return obs, float(reward), bool(terminated or truncated), info.get("physics_error")
-
-    def render(self, index: int, keywords: dict[str, Any]) -> Any:
-        return self._envs[index].render(**keywords)
-
-    def close(self) -> None:
-        for env in self._envs:
-            env.close()
+def make(envs: list[Any], makers: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Adds environments to a list. `SideBySide.call` runs this and the next three functions on a process's list."""
+    envs += [make_env() for make_env in makers]
+    return []
 
 
-class _Pickler(cloudpickle.Pickler):
-    """Carries functions and classes of the program itself, with the names of their files, which tracebacks show."""
-
-    def reducer_override(self, value: Any) -> Any:
-        if not isinstance(value, CodeType):
-            return super().reducer_override(value)
-        make, parts = self.dispatch_table[CodeType](value)
-        return make, tuple(value.co_filename if part == "<dynamic-code>" else part for part in parts)
+def reset(envs: list[Any], seeds: Sequence[int]) -> list[np.ndarray]:
+    """First observations, of as many environments as there are seeds."""
+    return [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=False)]
 
 
-class _RemoteGroup:
-    """The same in another process, which ends with this one, however this one ends.
+def step(envs: list[Any], actions: Sequence[np.ndarray | None]) -> list[Any]:
+    """Observation, reward, whether the episode is over, and any physics error, of each environment with an action."""
+    steps: list[Any] = [None] * len(actions)
+    for index, action in enumerate(actions):
+        if action is not None:
+            obs, reward, terminated, truncated, info = envs[index].step(action)
+            steps[index] = obs, float(reward), bool(terminated or truncated), info.get("physics_error")
+    return steps
+
+
+def render(envs: list[Any], keywords: Sequence[dict[str, Any]]) -> list[Any]:
+    """Pictures, of as many environments as there are keywords."""
+    return [env.render(**each) for env, each in zip(envs, keywords, strict=False)]
+
+
+def serve(descriptor: int) -> None:
+    """Answers a `Child`, from within its process, until the pipe closes."""
+    envs: list[Any] = []
+    with Connection(descriptor) as pipe, suppress(EOFError, ConnectionError):
+        while True:
+            message = pipe.recv_bytes()
+            try:
+                function, arguments = pickle.loads(message)
+                answer = pickle.dumps(function(envs, arguments))
+            except UserError as error:
+                answer = pickle.dumps(UserError(str(error)))
+            except Exception:
+                trace = traceback.format_exc().rstrip()
+                answer = pickle.dumps(EpisodeError(f"in a process that plays evaluation episodes:\n{trace}"))
+            pipe.send_bytes(answer)
+    for env in envs:
+        env.close()
+
+
+class Child:
+    """A group in a child process. It exits when the pipe closes, even if this process is killed.
 
     Unlike multiprocessing's processes, it does not import the program that started it, and so not PyTorch: less than
-    half of the memory.
+    half of the memory. It imports this project from where this process has it, never from the current folder.
     """
 
     def __init__(self) -> None:
-        self._connection, there = Pipe()
-        command = [sys.executable, "-c", f"from support.evaluation import serve; serve({there.fileno()})"]
-        environ = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.curdir for path in sys.path)}
-        descriptors: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": 2, "pass_fds": [there.fileno()]}
-        with held_signals(), there:
-            self._process = subprocess.Popen(command, env=environ, **descriptors)
-
-    def start(self, method: str, arguments: Sequence[Any]) -> None:
-        message, pickler = io.BytesIO(), _Pickler if method == "make" else pickle.Pickler  # which is faster
-        pickler(message).dump((method, arguments))
-        with suppress(OSError):  # the process has died, which `finish` will say
-            self._connection.send_bytes(message.getvalue())
-
-    def finish(self) -> list[Any] | Exception:
-        try:
-            return self._connection.recv()
-        except (EOFError, OSError):
-            return UserError("a process that plays evaluation episodes has died")
+        self.pipe, theirs = Pipe()  # for a pickled call and its answer, in turn
+        paths = [str(Path(__file__).parent.parent), *filter(None, sys.path)]
+        command = [sys.executable, "-P", "-c", CHILD, str(theirs.fileno()), *paths]
+        with theirs:  # in a session of its own, which Ctrl-C does not reach; what it prints goes to stderr
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=2, pass_fds=[theirs.fileno()], start_new_session=True
+            )
 
     def close(self) -> None:
-        self._connection.close()  # at which the process ends
+        """Ends the process."""
+        self.pipe.close()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=5)
         self._process.kill()
         self._process.wait()
 
 
-def serve(descriptor: int) -> None:
-    """Answers a `_RemoteGroup` until that closes its connection."""
-    group, answer = _Group(), None
-    with Connection(descriptor) as connection, suppress(EOFError, ConnectionError):
-        while True:
-            message = connection.recv_bytes()
-            try:
-                group.start(*pickle.loads(message))
-                answer = group.finish()
-            except UserError as known:
-                answer = known
-            except Exception:
-                trace = traceback.format_exc().rstrip()
-                answer = EpisodeError(f"in a process that plays evaluation episodes:\n{trace}")
-            connection.send(answer)
-    group.close()
-
-
 class SideBySide:
     """A fixed number of environments that make decisions together.
 
     They are spread over at most `num_workers` processes, at most one per environment; 1: only this process.
+    Raises EpisodeError for any error in another process, but UserError as it is, and if a process has died.
     """
 
     def __init__(self, make_env: Callable[[], Any], num_envs: int, num_workers: int):
         self.num_envs = num_envs
+        self._envs: list[Any] = []  # of this process
         self._rows = np.array_split(np.arange(num_envs), min(num_workers, num_envs))
-        self._groups: list[Any] = [_RemoteGroup() for _ in self._rows] if len(self._rows) > 1 else [_Group()]
-        try:
-            self.call("make", [make_env] * num_envs)
-        except BaseException:
-            self.close()
-            raise
+        self._children = [Child() for _ in self._rows] if len(self._rows) > 1 else []
+        self.call(make, [make_env] * num_envs)
 
-    def call(self, method: str, arguments: Sequence[Any]) -> list[Any]:
-        """Calls a method of `_Group` for environment i with argument i, unless that is None. Returns the values."""
-        for group, rows in zip(self._groups, self._rows, strict=True):
-            group.start(method, [arguments[row] for row in rows if row < len(arguments)])
-        # Every group's answer is taken before any error is raised, or later calls would get answers to earlier ones.
-        answers = [group.finish() for group in self._groups]
-        for error in answers:
-            if isinstance(error, Exception):
-                raise error
-        return [answer for of_group in answers for answer in of_group]
+    def call(self, function: Callable[..., Any], arguments: Sequence[Any]) -> list[Any]:
+        """Calls `make`, `reset`, `step` or `render` with argument i for environment i. Returns the values."""
+        if not self._children:
+            return function(self._envs, arguments)
+        dumps = cloudpickle.dumps if function is make else pickle.dumps  # which is faster
+        messages = [dumps((function, [arguments[row] for row in rows if row < len(arguments)])) for rows in self._rows]
+        try:
+            for child, message in zip(self._children, messages, strict=True):
+                child.pipe.send_bytes(message)
+            # All of them, before an error is raised, or later calls would get answers to earlier ones.
+            received = [child.pipe.recv_bytes() for child in self._children]
+        except (EOFError, OSError) as error:
+            raise UserError("a process that plays evaluation episodes has died") from error
+        answers = [pickle.loads(answer) for answer in received]
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        return [value for values in answers for value in values]
 
     def render(self, **keywords: Any) -> Any:
         """A picture of the first environment."""
-        return self.call("render", [keywords])[0]
+        return self.call(render, [keywords])[0]
 
     def close(self) -> None:
         """Closes the environments and ends their processes."""
-        for group in self._groups:
+        for group in (*self._envs, *self._children):
             group.close()
 
 
@@ -174,7 +157,7 @@ class Moment(NamedTuple):
     obs: np.ndarray  # (n, ...), of the current wave
     returns: np.ndarray  # (N,)
     lengths: np.ndarray  # (N,), in decisions
-    first_moved: bool  # whether the first episode shows something new
+    in_first_episode: bool  # whether episode 0 has just been reset or made a decision: what a video shows
     physics_errors: dict[int, str]  # why episodes have ended where their simulation diverged, by number
 
 
@@ -186,18 +169,18 @@ def play(envs: SideBySide, seeds: Sequence[int], act: Callable[[np.ndarray], np.
     returns, lengths = np.zeros(len(seeds)), np.zeros(len(seeds), dtype=int)
     errors: dict[int, str] = {}
     for start in range(0, len(seeds), envs.num_envs):
-        obs = np.stack(envs.call("reset", seeds[start : start + envs.num_envs]))
+        obs = np.stack(envs.call(reset, seeds[start : start + envs.num_envs]))
         going = [True] * len(obs)
         yield Moment(obs, returns, lengths, start == 0, errors)
         while any(going):
-            first_moved = start == 0 and going[0]
+            in_first_episode = start == 0 and going[0]
             actions = [action if goes else None for action, goes in zip(act(obs), going, strict=True)]
             obs = obs.copy()
-            for index, step in enumerate(envs.call("step", actions)):
-                if step is not None:
-                    obs[index], reward, over, error = step
+            for index, made in enumerate(envs.call(step, actions)):
+                if made is not None:
+                    obs[index], reward, over, error = made
                     returns[start + index] += reward
                     lengths[start + index] += 1
                     going[index] = not over
                     errors |= {} if error is None else {start + index: error}
-            yield Moment(obs, returns, lengths, first_moved, errors)
+            yield Moment(obs, returns, lengths, in_first_episode, errors)

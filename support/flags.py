@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import os
+import re
 import sys
 import types
 import typing
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from typing import Any, Literal, NoReturn
-
-from settings import Limits
 
 LARGEST = {int: 2**63 - 1, float: sys.float_info.max}  # what the libraries' counters hold; the largest finite number
 # --resume: "fixed" and "free" flags keep their old value unless given; a new value is refused for "fixed".
@@ -29,8 +28,10 @@ class OneLineParser(argparse.ArgumentParser):
         self.resume: dict[str, Resume] = {}  # by name of the flag
 
     def complain(self, message: str) -> None:
-        """Prints an error in one line on stderr, if anybody can read it."""
-        self._print_message(f"{self.prog}: error: {' '.join(message.split())}\n", sys.stderr)
+        """Prints an error in one line on stderr, if anybody can read it. Control characters are escaped."""
+        message = re.sub(r"\s*\n\s*(?=\S)", " ", message)  # libraries' messages have several lines
+        shown = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message)
+        self._print_message(f"{self.prog}: error: {shown}\n", sys.stderr)
 
     def fail(self, message: str) -> NoReturn:
         """Complains and exits with status 1."""
@@ -45,7 +46,7 @@ class OneLineParser(argparse.ArgumentParser):
     def section(self, title: str) -> Callable[..., None]:
         """Begins a section of the help text. Returns `add(name, kind, default, help, resume="fixed")`.
 
-        `kind` is a type, perhaps one of settings.py, `type | None`, a Literal of choices, or a function of a text.
+        `kind` is a type, perhaps with a range as in sac_ae.py, `type | None`, a Literal, or a function of a text.
         """
         group = self.add_argument_group(title)
 
@@ -55,16 +56,17 @@ class OneLineParser(argparse.ArgumentParser):
 
         return add
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's, but says of a flag without a value that it takes none."""
-        words = list(sys.argv[1:] if args is None else args)
-        for word, after in itertools.pairwise([*words, "--"]):
-            name, equals, value = word.partition("=")
-            flag = self._option_string_actions.get(name)
-            if isinstance(flag, argparse.BooleanOptionalAction) and (equals or not after.startswith("-")):
-                choice = " or ".join(flag.option_strings)
-                self.error(f"{name} takes no value, not {value if equals else after}: write {choice}")
-        return super().parse_known_args(words, namespace)
+    def allows(self, name: str, value: Any) -> bool:
+        """Whether a flag can have this value, which is no text but of the flag's own type."""
+        flag: Any = self._option_string_actions[f"--{name}"]
+        if isinstance(flag, argparse.BooleanOptionalAction):
+            return isinstance(value, bool)
+        if flag.choices is not None:
+            return value in flag.choices
+        try:
+            return not isinstance(value, bool) and flag.type(value) == value
+        except (argparse.ArgumentTypeError, TypeError, ValueError, OverflowError):  # of an infinite number
+            return False
 
     def given(self, argv: Sequence[str] | None) -> dict[str, Any]:
         """The flags that a command line names, without the defaults of the others."""
@@ -81,7 +83,7 @@ def options(kind: Any) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(kind) is Literal:
         return {"choices": typing.get_args(kind)}
-    (limits,) = getattr(kind, "__metadata__", [Limits()])
+    (limits,) = getattr(kind, "__metadata__", [()])
     kind = getattr(kind, "__origin__", kind)
     return {"type": number(kind, *limits) if kind in LARGEST else kind}
 
@@ -118,13 +120,15 @@ def user_path(text: str) -> str:
     """An argparse type: a path that the system accepts; `~` is expanded, as a shell does where it stands alone."""
     if not text:
         raise argparse.ArgumentTypeError("is empty: name a file or a folder")
-    expanded = os.path.expanduser(text)  # noqa: PTH111  # which leaves `./log` as it is
-    if expanded.startswith("~"):
-        raise argparse.ArgumentTypeError(f"no such user: {text.partition('/')[0]} (a folder of that name is ./{text})")
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is a URL: name a file or a folder of this machine")
+    path = os.path.expanduser(text)  # noqa: PTH111  # which leaves `./log` as it is
+    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in path):  # Cs: bytes that are not UTF-8
+        raise argparse.ArgumentTypeError(f"{path} has characters that cannot be shown: choose another name")
     try:
-        os.lstat(expanded)
+        os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):  # that is for the program to say
         pass
     except OSError as error:  # its name is too long, or a folder above it may not be searched
         raise argparse.ArgumentTypeError(f"{text[:100]} cannot be used: {error.strerror}") from error
-    return expanded
+    return path

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import timeit
-import warnings
+import shutil
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-import torch.nn.functional as F
 
 from errors import UserError
 from randomness import random_action
@@ -42,92 +41,60 @@ def check_device(name: str) -> None:
         raise UserError(f"device {name} cannot be used ({cause}); this machine has {', '.join(devices)}") from error
 
 
-def check_bf16(device: torch.device | str, num_filters: int, hidden_dim: int) -> None:
-    """Refuses bfloat16 where it is slower than float32: asked of a GPU, measured on a CPU."""
+def check_bf16(device: torch.device | str) -> None:
+    """Refuses bfloat16 where it is slower than float32, because the device only emulates it."""
     if torch.device(device).type == "cuda":
         with torch.cuda.device(device):
-            if not torch.cuda.is_bf16_supported(including_emulation=False):
-                name = torch.cuda.get_device_name(device)
-                raise UserError(f"precision bf16 is slow on this GPU ({name}), which only emulates it: leave it out")
-    elif (ratio := bf16_ratio(num_filters, hidden_dim)) > 1:
-        raise UserError(
-            f"precision bf16 takes {ratio:.1f} times as long as fp32 on this processor, which lacks the instructions "
-            "for it (AMX or AVX512-BF16): leave it out"
-        )
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    if not fast:
+        raise UserError(f"precision bf16 is slow on {device}, which only emulates it: leave it out")
 
 
-def bf16_ratio(num_filters: int, hidden_dim: int) -> float:
-    """How many times as long bfloat16 takes as float32: a convolution and a matrix product, on one core of the CPU.
-
-    The sizes are a run's, but with few rows and at most the defaults, so that it takes less than a second on processors
-    that need ten times as long.
-    """
-    filters, units = min(num_filters, 32), min(hidden_dim, 1024)
-    shapes = ((2, filters, 41, 41), (filters, filters, 3, 3), (32, units), (units, units))
-
-    def seconds(dtype: torch.dtype) -> float:
-        image, kernel, rows, weight = (torch.ones(shape, dtype=dtype) for shape in shapes)
-        layers = lambda: (F.conv2d(image, kernel), F.linear(rows, weight))  # noqa: E731
-        return min(timeit.repeat(layers, number=1, repeat=3))  # the first one warms up
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on a busy machine two threads measure how long they wait for each other
-    try:
-        return seconds(torch.bfloat16) / seconds(torch.float32)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def check_compiler(device: str) -> None:
-    """Refuses torch.compile where it does not work; the first time that takes half a minute."""
-    needs = "a C++ compiler (g++, or what CXX names), Python's headers (python3-dev), a TMPDIR without spaces"
-    try:
-        with warnings.catch_warnings(action="ignore"):  # about what is refused anyway
-            torch.compile(lambda values: values.sin() + 1)(torch.zeros(8, device=device))
-    except Exception as error:  # of many kinds, by compiler and system
-        lines = str(error).partition("Output:\n")[2] or str(error) or type(error).__name__
-        raise UserError(f"compile does not work here: {lines.strip().splitlines()[0]}; it needs {needs}") from error
+def check_compiler() -> None:
+    """Refuses torch.compile where there is no C++ compiler: what CXX names, else PyTorch's choice."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        raise UserError(f"compile needs a C++ compiler, but there is no {compiler}: install one, or name it in CXX")
 
 
 def try_out(env: Any, args: argparse.Namespace) -> None:
-    """Plays the first decisions in a spare environment: what fails there must fail before anything is written.
+    """Plays the first decisions: what fails there must fail before anything is written.
 
     Raises UserError if the agent cannot learn there, or if videos are wanted of an environment that cannot draw.
     """
-    shape, dtype, actions = env.observation_space.shape or (), env.observation_space.dtype, env.action_space
+    shape: tuple[int, ...] = env.observation_space.shape or ()
+    dtype, actions = env.observation_space.dtype, env.action_space
     if len(shape) not in (1, 3) or (len(shape) == 3 and dtype != np.uint8):
         raise UserError(f"observations must be states (D,) or uint8 pixels (C, H, W), not {dtype} of shape {shape}")
+    if len(shape) == 3 and shape[2] < min(shape[:2]):
+        raise UserError(f"observations of shape {shape} look like (H, W, C): put channels first, (C, H, W)")
     box = len(actions.shape or ()) == 1 and hasattr(actions, "low")
     if not box or (actions.low != -1).any() or (actions.high != 1).any():
         raise UserError(f"actions must be a Box (A,) from -1 to 1, not {actions}: rescale them in a wrapper")
-    env.reset(seed=args.seed)
+    channels, (obs, _) = frame_channels(env), env.reset(seed=args.seed)
     for step in range(3):
-        env.step(random_action(actions, args.seed, step))
+        before = obs.copy()
+        next_obs, _, terminated, truncated, _ = env.step(random_action(actions, args.seed, step))
+        if not obs.shape == next_obs.shape == shape:
+            raise UserError(f"observations must have the shape of their space, {shape}, not {next_obs.shape}")
+        if not np.array_equal(obs, before, equal_nan=True):
+            raise UserError("observations must be new arrays, but step changes the one before")
+        if len(shape) == 3 and not np.array_equal(next_obs[:-channels], obs[channels:]):
+            raise UserError(
+                "an observation must be the one before without its oldest frame, and a new frame: "
+                "stack frames by FrameStack, in the outermost wrapper"
+            )
+        if terminated or truncated:
+            break
+        obs = next_obs
     if args.save_video or (args.save_tb and args.encoder_type == "pixel"):
-        check_picture(env)
-    if args.save_video:
-        check_ffmpeg()
-
-
-def check_picture(env: Any) -> None:
-    """Refuses videos if the environment cannot draw."""
-    if len(env.observation_space.shape) == 3 and (channels := frame_channels(env)) != 3:
-        raise UserError(f"pictures can be made of RGB frames (3, H, W) only, not of {channels} channels: save none")
-    picture: Any = None
-    with suppress(NotImplementedError):
-        picture = env.render()
-    if np.ndim(picture) != 3:
-        raise UserError("the environment's render() gives no picture (H, W, 3): videos cannot be made of it")
-
-
-def check_ffmpeg() -> None:
-    """Refuses video files if they cannot be encoded."""
-    try:
-        import imageio_ffmpeg
-
-        imageio_ffmpeg.get_ffmpeg_exe()
-    except (ImportError, RuntimeError) as error:
-        raise UserError("videos need ffmpeg: pip install imageio[ffmpeg]") from error
+        picture: Any = None
+        with suppress(NotImplementedError):
+            picture = env.render()
+        if np.shape(picture)[2:] != (3,):
+            raise UserError("the environment's render() gives no picture (H, W, 3): videos cannot be made of it")
 
 
 def free_host_bytes(listing: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:

@@ -14,23 +14,22 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from errors import UserError
 from support.machine import cores
-from support.signals import show
+from support.published import REPEATS
+from support.signals import silence
 
-# Action repeats of the published results (paper, table 2).
-PUBLISHED_REPEATS = {
-    ("cartpole", "swingup"): 8,
-    ("reacher", "easy"): 4,
-    ("cheetah", "run"): 4,
-    ("ball_in_cup", "catch"): 4,
-    ("finger", "spin"): 2,
-    ("walker", "walk"): 2,
-}
+
+def show(line: str) -> None:
+    """Prints a line on stdout. Raises UserError if that is a pipe without a reader, or a full disk."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        silence(sys.stdout.fileno())  # or Python fails once more at exit
+        raise UserError(str(error)) from error
 
 
 def say(line: str) -> None:
@@ -44,7 +43,7 @@ def warn_of_divergence(where: str, error: str) -> None:
     say(f"warning: the simulation diverged at {where}, which ends the episode: {error}")
 
 
-def progress(items: Iterable[Any], name: str) -> Iterator[Any]:
+def progress_bar(items: Iterable[Any], name: str) -> Iterator[Any]:
     """The items, with a bar on stderr if that is a terminal; the bar is gone before a line is printed."""
     yield from tqdm(items, desc=name, leave=False, disable=None)
 
@@ -54,39 +53,13 @@ def in_bytes(number: int) -> str:
     return f"{number / 1e9:.2f} GB" if number >= 1e8 else f"{number / 1e6:.1f} MB"
 
 
-class Pace:
-    """Times a run's first updates, and says once how long those that are left take, if that is more than an hour."""
-
-    TIMED = 25  # updates
-    WORTH_SAYING = 3600.0  # seconds
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._times: list[float] = []  # when updates ended
-
-    def lap(self, left: int) -> None:
-        """Notes the end of an update, after which `left` updates are to come."""
-        if len(self._times) > self.TIMED:
-            return
-        if self._device.type == "cuda":  # for these few; later nothing waits
-            torch.cuda.synchronize(self._device)
-        self._times.append(time.perf_counter())
-        if len(self._times) > self.TIMED:
-            update = float(np.median(np.diff(self._times)))  # the first ones are slow
-            seconds = left * update
-            if seconds >= self.WORTH_SAYING:
-                time_left = f"{seconds / 3600:.1f} hours" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
-                with tqdm.external_write_mode():  # above the bar
-                    show(f"note: an update every {update:.3g} s: at least {time_left} are left")
-
-
 def describe(run: Any, renderer: tuple[str, bool] | None) -> Iterator[str]:
-    """Yields the lines that an open `support.run.Run` prints before it trains.
+    """Yields the lines that an open `support.checkpoint.Run` prints before it trains.
 
     `renderer` is its name, and whether it is software on the CPU; None if the task is not the Control Suite's.
     """
-    args, now, replay, device, env = run.args, run.progress, run.replay, run.agent.device, run.env
-    repeat = PUBLISHED_REPEATS.get((args.domain_name, args.task_name), args.action_repeat)
+    args, progress, replay, device, env = run.args, run.progress, run.replay, run.agent.device, run.env
+    repeat = REPEATS.get((args.domain_name, args.task_name), args.action_repeat)
     if args.action_repeat != repeat and renderer is not None:
         yield f"note: the published results on this task have --action_repeat {repeat}, not {args.action_repeat}"
     yield f"device: {device} ({torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{cores()} cores'})"
@@ -97,19 +70,19 @@ def describe(run: Any, renderer: tuple[str, bool] | None) -> Iterator[str]:
     yield f"observation: {env.observation_space.shape} {env.observation_space.dtype}"
     yield f"action: {env.action_space.shape}"
     place = "in host memory" if replay.frames.device.type == "cpu" else f"on {replay.frames.device}"
-    size, folder = in_bytes(replay.nbytes), run.work_dir.checkpoint.folder
+    size, folder = in_bytes(replay.nbytes), run.folder
     yield f"replay: {size} {place} for {replay.capacity:,} transitions"
     free = shutil.disk_usage(folder).free
     yield f"checkpoints: up to {size} in {folder}, {in_bytes(free)} free"
     if args.save_buffer:
-        yield f"saved replay: up to {size} more in {run.work_dir.path / 'buffer'}"
+        yield f"saved replay: up to {size} more in {run.path / 'buffer'}"
     if free < replay.nbytes * (2 if args.save_buffer else 1):
         yield "warning: the disk may be full before the run ends; if so, free space, then --resume continues"
     for name, network in run.agent.networks.items():
         if name != "critic_target":
             yield f"{name}: {sum(parameter.numel() for parameter in network.parameters()):,} parameters"
-    if now.step:
-        yield f"at decision {now.step:,} of {args.num_train_steps:,}, evaluation at {now.next_evaluation:,}"
+    if progress.step:
+        yield f"after {progress.step:,} of {args.num_train_steps:,}; evaluation at {progress.next_evaluation:,}"
     elif args.num_train_steps <= args.init_steps:
         yield "note: nothing will be learned: num_train_steps does not exceed init_steps"
     else:

@@ -1,4 +1,4 @@
-"""How a program starts, prints a line, and hears signals. First signal: stop cleanly. Second: exit at once."""
+"""How a program starts, and handles signals. First signal: stop cleanly. Second: exit at once."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from errors import UserError
-
-HANGUP = [signal.SIGHUP]  # the terminal is gone
-STOPPING = [signal.SIGINT, signal.SIGTERM, *HANGUP]  # Ctrl-C, and what schedulers and systems send before they kill
+# Ctrl-C, the closed terminal, and what schedulers and systems send before they kill.
+STOPPING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
 
 
 def start_program() -> None:
@@ -38,13 +36,9 @@ def start_program() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
-def show(line: str) -> None:
-    """Prints a line on stdout. Raises UserError if that is a pipe without a reader, or a full disk."""
-    try:
-        print(line, flush=True)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more at exit
-        raise UserError(str(error)) from error
+def silence(descriptor: int) -> None:
+    """Lets an output go nowhere from now on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 class Stopped(Exception):  # noqa: N818  # not an error
@@ -62,7 +56,7 @@ class Stop:
             raise Stopped
 
     def exit_status(self, prog: str, rest: str = "") -> int:
-        """Says on stderr which signal stopped the program, and the rest of the line. The status that shells expect."""
+        """Prints on stderr which signal stopped the program, and `rest`. Returns the status that shells expect."""
         number = signal.Signals(self.number or 0)
         with suppress(OSError):  # nobody can read it: in a pipe, Ctrl-C has ended the reader, too
             print(f"{prog}: stopped by {number.name}{rest}", file=sys.stderr)
@@ -70,23 +64,22 @@ class Stop:
 
     @contextmanager
     def listen(self) -> Iterator[None]:
-        """Handles signals within the context. A second one ends the program at once, unless it is SIGHUP.
+        """Handles signals within the context. A second Ctrl-C or SIGTERM ends the program at once.
 
-        SIGHUP says that the terminal is gone, and may come twice: from the shell and from the system; printing must not
-        fail then. Signals that the program was started to ignore (`nohup`) stay ignored. In a thread, where Python
-        allows no handlers, nothing changes.
+        The others may come again: SIGHUP from the shell and the system, SIGXCPU every second (setrlimit(2)). After
+        SIGHUP the terminal is gone, and printing must not fail. Signals that the program was started to ignore
+        (`nohup`) stay ignored. In a thread, where Python allows no handlers, nothing changes.
         """
         main = threading.current_thread() is threading.main_thread()
         numbers = [number for number in STOPPING if main and signal.getsignal(number) is not signal.SIG_IGN]
         terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
         def handle(number: int, _frame: Any) -> None:
-            self.number = number
-            for each in numbers:
-                signal.signal(each, signal.SIG_IGN if each == signal.SIGHUP else signal.SIG_DFL)
-            if number == signal.SIGHUP:
-                for descriptor in terminals:
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+            self.number = self.number or number
+            for each in {signal.SIGINT, signal.SIGTERM}.intersection(numbers):
+                signal.signal(each, signal.SIG_DFL)
+            for terminal in terminals if number == signal.SIGHUP else []:
+                silence(terminal)
 
         before = {number: signal.signal(number, handle) for number in numbers}
         try:
@@ -94,16 +87,3 @@ class Stop:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-@contextmanager
-def held_signals(numbers: Sequence[int] = STOPPING) -> Iterator[None]:
-    """Blocks signals within the context. A child process started there keeps them blocked.
-
-    A scheduler may send them to all processes of a job.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -37,6 +37,19 @@ def gpu(compiler):
 
 
 @pytest.fixture
+def recorded(monkeypatch):
+    """CUDA graphs are recordings, made at the second call; the class of recordings, which counts them."""
+    from recorded_graph import RecordedGraph
+
+    from support import cuda_graph
+
+    monkeypatch.setattr(cuda_graph, "Capture", RecordedGraph)
+    monkeypatch.setattr(cuda_graph, "WARMUP", 1)
+    monkeypatch.setattr(RecordedGraph, "made", 0)
+    return RecordedGraph
+
+
+@pytest.fixture
 def compiled(monkeypatch):
     """Compiled code calls PyTorch's own operations, which recordings and watches see. A list grows at each call."""
     import torch

@@ -1,75 +1,33 @@
-"""A program in a process of its own without its imports: a copy of this one, which can be killed like any other."""
+"""Copies of this process, which need no imports and can be killed like any other, and what makes them die."""
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
 import os
 import signal
 import sys
 import time
-import traceback
+from pathlib import Path
+
+from programs import Process, open_streams
 
 fsync = os.fsync
 
 
-class Forked:
-    """Runs a function, whose value is the exit status. Its methods are those of subprocess.Popen that tests need."""
+class Forked(Process):
+    """Runs a function, whose value is the exit status."""
 
     def __init__(self, function):
-        sys.stdout.flush()
-        pipes = [os.pipe() for _ in range(2)]
-        self.returncode = None
-        self.pid = os.fork()
-        if self.pid == 0:
-            for descriptor, (_, write_end) in enumerate(pipes, start=1):
-                os.dup2(write_end, descriptor)
-            for ends in pipes:
-                for end in ends:
-                    os.close(end)
-            sys.stdout, sys.stderr = (open(descriptor, "w", buffering=1, closefd=False) for descriptor in (1, 2))  # noqa: SIM115
-            os._exit(self._status_of(function))
-        for _, write_end in pipes:
-            os.close(write_end)
-        self.stdout, self._stderr = (os.fdopen(read_end) for read_end, _ in pipes)
+        super().__init__(multiprocessing.get_context("fork"), run, function)
 
-    @staticmethod
-    def _status_of(function):
-        try:
-            return function()
-        except SystemExit as exit_:
-            return exit_.code
-        except BaseException:
-            traceback.print_exc()
-            return 1
-        finally:
-            sys.stdout.flush()
 
-    def send_signal(self, number):
-        os.kill(self.pid, number)
-
-    def kill(self):
-        self.send_signal(signal.SIGKILL)
-
-    def wait(self, timeout=60):
-        deadline = time.monotonic() + timeout
-        while self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.returncode = os.waitstatus_to_exitcode(status)
-            elif time.monotonic() > deadline:
-                self.kill()
-                raise TimeoutError
-            else:
-                time.sleep(0.005)
-        return self.returncode
-
-    def communicate(self, timeout=60):
-        """What it prints from now on, and on stderr since it began."""
-        try:
-            return self.stdout.read(), self._stderr.read()
-        finally:
-            self.wait(timeout)
-            self.stdout.close()
-            self._stderr.close()
+def run(pipes, function):
+    """In the copy."""
+    open_streams(pipes)
+    status = function()
+    sys.stdout.flush()
+    os._exit(status)  # nobody may be there to read stderr
 
 
 def slow_disk(seconds=0.02):
@@ -82,19 +40,26 @@ def slow_disk(seconds=0.02):
     os.fsync = slow_fsync
 
 
-def die_at(count):
-    """Kills the process before the `count`th thing that it does to the file system."""
-    left = [count]
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
 
-    def deadly(function):
+
+CHANGES = ("mkdir", "fsync", "rename", "replace", "unlink", "truncate")
+
+
+def fail_at(count, names=CHANGES, owner=os, fail=kill, patch=setattr):
+    """Calls `fail` before the `count`th call of these functions: things that this process does to the file system."""
+    counter = itertools.count(1)
+
+    def failing(function):
         def call(*args, **kwargs):
-            if not any(str(arg).startswith(("/dev", "/proc")) for arg in args):
-                left[0] -= 1
-                if left[0] == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
+            there = function.__name__ == "mkdir" and Path(args[0]).is_dir()  # then it changes nothing
+            system = any(str(arg).startswith(("/dev", "/proc")) for arg in args)
+            if not there and not system and next(counter) == count:
+                fail()
             return function(*args, **kwargs)
 
         return call
 
-    for name in ("mkdir", "fsync", "rename", "replace", "unlink", "rmdir", "truncate"):
-        setattr(os, name, deadly(getattr(os, name)))
+    for name in names:
+        patch(owner, name, failing(getattr(owner, name)))

@@ -10,33 +10,36 @@ from unittest import mock
 
 import numpy as np
 import torch
+from agents import OneBatch, Recorder
 
 from sac_ae import SacAeAgent
 
 DATA = Path(__file__).parent / "data"
+LOSSES = {
+    "critic_loss": "train_critic/loss",
+    "actor_loss": "train_actor/loss",
+    "alpha_loss": "train_alpha/loss",
+    "ae_loss": "train_ae/ae_loss",
+}
 
 
-def load_case(name):
+def load(name):
     """A golden file: `case`, `losses`, `final`, `log_alpha`."""
     return json.loads((DATA / f"{name}.json").read_text())
 
 
-def make_agent(case, device="cpu", **kwargs):
-    """An agent of the case's size in float64, its parameters not yet set."""
-    if "state" in case:
-        obs_shape, types = (case["state"],), {"encoder_type": "identity", "decoder_type": "identity"}
-    else:
+def start(case, device="cpu", dtype=torch.float64, **settings):
+    """An agent with the case's parameters, and what draws its batches."""
+    obs_shape, types = (case.get("state"),), {"encoder_type": "identity", "decoder_type": "identity"}
+    if "state" not in case:
         obs_shape = (case["channels"], case["size"], case["size"])
-        types = {
-            "encoder_feature_dim": case["feature"],
-            "num_layers": case["layers"],
-            "num_filters": case["filters"],
-        }
-    agent = SacAeAgent(obs_shape, (case["actions"],), device, hidden_dim=case["hidden"], **types, **kwargs)
-    for network in (agent.actor, agent.critic, agent.critic_target, agent.decoder):
-        if network is not None:
-            network.double()
-    return agent
+        types = {"encoder_feature_dim": case["feature"], "num_layers": case["layers"], "num_filters": case["filters"]}
+    agent = SacAeAgent(obs_shape, (case["actions"],), device, hidden_dim=case["hidden"], **types, **settings)
+    rs = np.random.RandomState(case["seed"])
+    draw_parameters(agent.double(), rs)
+    for network in agent.networks.values():
+        network.to(dtype)
+    return agent, rs
 
 
 def draw_parameters(agent, rs):
@@ -97,6 +100,19 @@ def noise(normals, uniforms):
         mock.patch.object(torch, "rand_like", give(list(uniforms))),
     ):
         yield
+
+
+def updates(agent, case, rs):
+    """The metrics of the agent's updates, on the case's batches."""
+    for step, batch, normals, uniforms in draw_batches(case, rs):
+        with noise(normals, uniforms):
+            metrics = agent.update(OneBatch(batch), Recorder(), step)
+        yield {"step": step} | {key: float(value) for key, value in metrics.items()}
+
+
+def losses(metrics):
+    """What of it the golden files hold, by their names."""
+    return {"step": metrics["step"]} | {name: metrics[key] for name, key in LOSSES.items() if key in metrics}
 
 
 def statistics(tensor):

@@ -10,6 +10,12 @@ import numpy as np
 
 from utils import FrameStack
 
+# Flags for a run: episodes of 8 to 11 decisions, two of them at random; an evaluation after every third; a checkpoint
+# after each.
+RUN = (
+    "--num_layers 2 --num_filters 2 --hidden_dim 8 --batch_size 4 --init_steps 20 --num_train_steps 80 --eval_freq 25 "
+    "--num_eval_episodes 2 --eval_workers 1 --device cpu --checkpoint_minutes 0"
+).split()
 SIDE = 24
 PICTURE = (33, 41, 3)  # of `render`; an mp4 has no odd sides
 
@@ -22,18 +28,18 @@ class Task:
 
     Args:
         states: observe position, drift and time instead of pixels.
-        repeats: whether `reset`'s seed is heeded. If not, an episode lasts 10 decisions and is never the same.
+        repeats: whether `reset`'s seed is heeded. If not, an episode lasts `length` decisions and is never the same.
         render_mode: None renders nothing, as in Gymnasium.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 30}  # noqa: RUF012  # as Gymnasium has it
 
-    def __init__(self, states=False, repeats=True, render_mode="rgb_array"):
+    def __init__(self, states=False, repeats=True, render_mode="rgb_array", length=10):
         box = self.spaces.Box
         pixels = box(0, 255, (3, SIDE, SIDE), np.uint8)
         self.observation_space = box(-np.inf, np.inf, (4,), np.float32) if states else pixels
         self.action_space = box(-1, 1, (2,), np.float32)
-        self.states, self.repeats, self.render_mode = states, repeats, render_mode
+        self.states, self.repeats, self.render_mode, self.length = states, repeats, render_mode, length
         self.going = None  # whether an episode is under way; None before the first `reset`
 
     def reset(self, *, seed=None, options=None):
@@ -42,17 +48,18 @@ class Task:
         self.random, self.going, self.time = random, True, 0
         self.position = random.uniform(-0.5, 0.5, 2)
         self.drift = random.normal(0, 0.05, 2)
-        self.length = int(random.integers(8, 12)) if self.repeats else 10
+        if self.repeats:
+            self.length = int(random.integers(8, 12))
         return self.observe(), {"length": self.length}
 
-    def step(self, action):
+    def step(self, a):  # as many environments name it
         if not self.going:
             raise RuntimeError("step was called before reset, or after an episode's end")
-        assert action.shape == (2,)
-        assert action.dtype == np.float32
+        assert a.shape == (2,)
+        assert a.dtype == np.float32
         self.time += 1
         self.drift = 0.9 * self.drift + self.random.normal(0, 0.05, 2)
-        moved = self.position + self.drift + 0.2 * action
+        moved = self.position + self.drift + 0.2 * a
         terminated = bool(self.repeats and np.abs(moved).max() > 1)
         self.position = np.clip(moved, -1, 1)
         truncated = self.time >= self.length and not terminated

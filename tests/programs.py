@@ -22,36 +22,23 @@ from unittest import mock
 
 ROOT = Path(__file__).parent.parent
 IMPORTED = "train evaluate plot sweep dm_control.suite torch._dynamo torch.utils.tensorboard imageio_ffmpeg".split()
-STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 
 
-class Program:
-    """`python NAME FLAGS`, started in the project's folder. Its methods are those of subprocess.Popen that tests need.
+class Process:
+    """Calls `target(pipes, *args)` in another process; `open_streams(pipes)` there makes them stdout and stderr.
 
-    Args:
-        closed: standard streams, by number, that are closed.
-        largest_file: bytes; a write beyond fails as on a disk that is full.
-        stderr: a file descriptor to use instead of a pipe.
-        environment: variables on top of this process's.
+    Its methods are those of subprocess.Popen that tests need.
     """
 
-    def __init__(self, name, *flags, closed=(), largest_file=None, stderr=None, **environment):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(IMPORTED)
-        paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-        with mock.patch.dict(os.environ, {"PYTHONPATH": paths}):
-            forkserver.ensure_running()
-        readers, writers = zip(*(context.Pipe(duplex=False) for _ in range(2)), strict=True)
+    def __init__(self, context, target, *args, stderr=None):
+        pipes = [context.Pipe(duplex=False) for _ in range(2)]
         if stderr is not None:
-            writers[1].close()
-            writers = (writers[0], multiprocessing.connection.Connection(os.dup(stderr), readable=False))
-        arguments = ([str(ROOT / name), *map(str, flags)], os.environ | environment, writers, closed, largest_file)
-        self._process = context.Process(target=run, args=arguments, daemon=True)
+            os.dup2(stderr, pipes[1][1].fileno())
+        self._process = context.Process(target=target, args=(pipes, *args), daemon=True)
         self._process.start()
-        for writer in writers:
-            writer.close()
         self.pid = self._process.pid
-        self.stdout, self.stderr = (os.fdopen(os.dup(reader.fileno())) for reader in readers)
+        self.stdout, self.stderr = (os.fdopen(os.dup(there.fileno())) for there, _ in pipes)
+        close(pipes)
 
     @property
     def returncode(self):
@@ -76,7 +63,7 @@ class Program:
 
         The pipes are open as long as any process holds them, one that outlives the program, too.
         """
-        timer = threading.Timer(timeout, os.killpg, (self.pid, signal.SIGKILL))
+        timer = threading.Timer(timeout, self._kill_all)
         timer.start()
         try:
             printed = self.stdout.read(), self.stderr.read()
@@ -89,6 +76,30 @@ class Program:
             self.stdout.close()
             self.stderr.close()
 
+    def _kill_all(self):
+        self.kill()
+        with contextlib.suppress(ProcessLookupError):  # it leads no session
+            os.killpg(self.pid, signal.SIGKILL)
+
+
+class Program(Process):
+    """`python NAME FLAGS`, started in the project's folder.
+
+    Args:
+        closed: standard streams, by number, that are closed.
+        largest_file: bytes; a write beyond fails as on a disk that is full.
+        stderr: a file descriptor to use instead of a pipe.
+        environment: variables on top of this process's.
+    """
+
+    def __init__(self, name, *flags, closed=(), largest_file=None, stderr=None, **environment):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED)
+        with mock.patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}):
+            forkserver.ensure_running()
+        argv = [str(ROOT / name), *map(str, flags)]
+        super().__init__(context, run, argv, os.environ | environment, closed, largest_file, stderr=stderr)
+
 
 def run_program(name, *flags, **options):
     """A program's end, as subprocess.run gives it."""
@@ -97,7 +108,7 @@ def run_program(name, *flags, **options):
     return SimpleNamespace(returncode=process.returncode, stdout=stdout, stderr=stderr)
 
 
-def run(argv, environment, writers, closed, largest_file):
+def run(pipes, argv, environment, closed, largest_file):
     """In the fork: what a shell and Python's start do, and then the program."""
     os.setsid()
     os.chdir(ROOT)
@@ -107,20 +118,28 @@ def run(argv, environment, writers, closed, largest_file):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    null = os.open(os.devnull, os.O_RDONLY)
-    sources = (null, *(writer.fileno() for writer in writers))
-    for descriptor, source in enumerate(sources):
-        os.dup2(source, descriptor)
-    os.close(null)
-    for writer in writers:
-        writer.close()
-    encoding, _, errors = environment.get("PYTHONIOENCODING", "utf-8:strict").partition(":")
-    for descriptor, (name, mode) in enumerate(STREAMS):
+    open_streams(pipes, closed, environment.get("PYTHONIOENCODING", "utf-8:strict"))
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+def open_streams(pipes, closed=(), encoding="utf-8:strict"):
+    """Makes pipes this process's stdout and stderr, except those that are closed. Its stdin is empty."""
+    with Path(os.devnull).open("rb") as null:
+        for descriptor, source in enumerate((null, *(here for _, here in pipes))):
+            os.dup2(source.fileno(), descriptor)
+    close(pipes)
+    encoding, _, errors = encoding.partition(":")
+    for descriptor, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         if descriptor in closed:
             os.close(descriptor)
             setattr(sys, name, None)
         else:
             buffering = 1 if name == "stderr" else -1
             setattr(sys, name, open(descriptor, mode, buffering, encoding, errors, closefd=False))  # noqa: SIM115
-    sys.argv = argv
-    runpy.run_path(argv[0], run_name="__main__")
+
+
+def close(pipes):
+    for ends in pipes:
+        for end in ends:
+            end.close()

@@ -1,9 +1,18 @@
-"""The least time that an update takes on a GPU, from what it asks of it: https://doi.org/10.1145/1498765.1498785."""
+"""The least time that an update takes on a GPU, from what it asks of it: `python tests/roofline.py` needs no GPU.
+
+https://doi.org/10.1145/1498765.1498785
+"""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +25,7 @@ from replay_buffer import ReplayBuffer, Shape
 from sac_ae import Due, SacAeAgent
 from support import report
 
+SHAPES: dict[str, Shape] = {"pixel": (9, 84, 84), "state": (17,)}
 LAUNCH = 2e-6  # seconds from one kernel to the next, in a CUDA graph or from a host that is ahead
 
 
@@ -28,32 +38,14 @@ class Gpu(NamedTuple):
     bf16: float
 
 
-GPUS = {
-    # https://www.nvidia.com/en-us/data-center/h100/: SXM. Tensor cores: half of what it gives for sparse products.
-    "h100": Gpu(3.35, 67, 495, 989),
-    # https://www.nvidia.com/en-us/data-center/a100/: 80 GB, SXM.
-    "a100": Gpu(2.04, 19.5, 156, 312),
-    # NVIDIA Ada GPU architecture (white paper), appendix A: bf16 with sums in float32.
-    "4090": Gpu(1.008, 82.6, 82.6, 165),
-}
-
-
-def gpu(text: str) -> Gpu:
-    """A GPU by name, or by its four peaks, `3.35,67,495,989`. Raises ValueError or TypeError if it is neither."""
-    peaks = GPUS[text] if text in GPUS else Gpu(*map(float, text.split(",")))
-    if not min(peaks) > 0:
-        raise ValueError("peaks are above 0")
-    return peaks
+# https://www.nvidia.com/en-us/data-center/h100/: SXM. Tensor cores: half of what it gives for sparse products.
+H100 = Gpu(3.35, 67, 495, 989)
 
 
 def least(count: Count, peaks: Gpu, launch: float = 0.0) -> float:
     """Seconds that the operations take one after the other, if each reaches a peak; `launch` is a kernel's least."""
     return sum(
-        max(
-            each.flop / getattr(peaks, each.operands) / 1e12,
-            each.bytes / peaks.memory / 1e12,
-            each.kernels * launch,
-        )
+        max(each.flop / getattr(peaks, each.operands) / 1e12, each.bytes / peaks.memory / 1e12, each.kernels * launch)
         for each in count.operations
     )
 
@@ -78,9 +70,10 @@ def counts(obs_shape: Shape, action_shape: Shape, batch_size: int, **settings: A
     yield "action", count
 
 
-def show(peaks: Gpu, obs_shapes: Mapping[str, Shape], action_shape: Shape, batch_size: int) -> None:
+def main() -> None:
     """Prints a table of the counts at default settings, by observations and precision."""
-    numbers = ", ".join(f"{name} {peak:g}" for name, peak in peaks._asdict().items())
+    batch_size = 128
+    numbers = ", ".join(f"{name} {peak:g}" for name, peak in H100._asdict().items())
     report.show(
         f"Peaks (memory TB/s, products TFLOP/s): {numbers}. Batches of {batch_size}, PyTorch {torch.__version__}.\n"
         "MB at once: what an update makes, beside weights, moments and batch. Least: microseconds, if each operation "
@@ -88,14 +81,18 @@ def show(peaks: Gpu, obs_shapes: Mapping[str, Shape], action_shape: Shape, batch
     )
     report.show("| observations | precision | what | kernels | GFLOP | MB moved | MB at once | least | with launches |")
     report.show("|---|---|---|--:|--:|--:|--:|--:|--:|")
-    for (kind, shape), precision in itertools.product(obs_shapes.items(), (None, "fp32", "tf32", "bf16")):
+    for (kind, shape), precision in itertools.product(SHAPES.items(), (None, "fp32", "tf32", "bf16")):
         types = "pixel" if len(shape) == 3 else "identity"
         settings = {"encoder_type": types, "decoder_type": types, "precision": precision}
-        with fake_gpu():
-            for name, count in counts(shape, action_shape, batch_size, **settings):
+        with report.one_line(sys.exit), fake_gpu():
+            for name, count in counts(shape, (6,), batch_size, **settings):
                 kernels, flop, moved = map(count.total, ("kernels", "flop", "bytes"))
-                times = [least(count, peaks, launch) * 1e6 for launch in (0.0, LAUNCH)]
+                times = [least(count, H100, launch) * 1e6 for launch in (0.0, LAUNCH)]
                 report.show(
                     f"| {kind} | {precision or 'default'} | {name} | {kernels} | {flop / 1e9:.2f} | {moved / 1e6:,.1f} "
                     f"| {count.peak / 1e6:,.1f} | {times[0]:,.0f} | {times[1]:,.0f} |"
                 )
+
+
+if __name__ == "__main__":
+    main()

@@ -2,63 +2,88 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
 import pandas as pd
 import pytest
+from folders import contents
 
 import plot
+from support.published import METHODS
 
 
-def make_run(folder, returns, method="SAC+AE:pixel", task=("cheetah", "run"), seed=1, every=10_000, repeat=4):
-    """A work_dir with evaluations every `every` decisions."""
-    encoder, decoder = next(types for types, name in plot.METHODS.items() if name == method)
+def make_run(folder, returns, method="sac_ae", task=("cheetah", "run"), seed=1, every=10_000, **flags):
+    """A work_dir with evaluations every `every` decisions, of four environment steps each unless told otherwise."""
     folder.mkdir(parents=True)
-    args = {
-        "domain_name": task[0], "task_name": task[1], "encoder_type": encoder, "decoder_type": decoder,
-        "seed": seed, "eval_freq": every, "action_repeat": repeat,
-    }  # fmt: skip
+    args = {"domain_name": task[0], "task_name": task[1], "seed": seed, "action_repeat": 4}
+    args |= {"encoder_type": METHODS[method].encoder_type, "decoder_type": METHODS[method].decoder_type} | flags
     (folder / "args.json").write_text(json.dumps(args))
     records = (
-        {"episode_reward": value, "environment_steps": index * every * repeat, "step": index * every}
+        {"episode_reward": value, "environment_steps": index * every * args["action_repeat"], "step": index * every}
         for index, value in enumerate(returns)
     )
     (folder / "eval.log").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
 
 
-def rows_of(out):
-    with (out / "scores.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+def draw(tmp_path, *folders):
+    """Draws the runs in `tmp_path/runs`, or in these folders. Returns scores.csv, as text."""
+    plot.main([*map(str, folders or [tmp_path / "runs"]), "--out", str(tmp_path / "out")])
+    return pd.read_csv(tmp_path / "out" / "scores.csv", dtype=str, keep_default_na=False)
+
+
+def row_of(scores, *key):
+    """Seeds, return, deviation, interval and published score of a method on a task at a budget."""
+    return scores.set_index(["method", "task", "environment steps"]).loc[key].tolist()
 
 
 def test_table(tmp_path, capsys):
-    """With evaluations every 40k steps, the score at 100k is from 80k. A run that ends before has no score."""
-    runs, out = tmp_path / "runs", tmp_path / "out"
-    make_run(runs / "a", [0, 10, 100, 400])
-    make_run(runs / "deep" / "b", [0, 10, 300], seed=2)  # its next evaluation would come after the budget
-    make_run(runs / "c", [0, 10], seed=3)
-    make_run(runs / "d", [0, 700, 710], "SAC:state", seed=1)
-    assert plot.main([str(runs), "--out", str(out)]) == 0
-    rows = {(row["method"], row["task"], row["environment steps"]): row for row in rows_of(out)}
-    row = rows["SAC+AE:pixel", "cheetah_run", "100000"]
-    assert (row["seeds"], row["return"], row["deviation"]) == ("2", "200.0", "141.4")
-    assert row["95 %"] == "100.0 to 300.0"
-    assert row["published"] == "240 ± 38"
-    assert rows["SAC+AE:pixel", "cheetah_run", "500000"]["return"] == "not reached"
-    assert rows["SAC:state", "cheetah_run", "100000"]["seeds"] == "1"
-    assert rows["SAC:state", "cheetah_run", "100000"]["95 %"] == ""
-    with (out / "evaluations.csv").open(newline="") as file:
-        assert [row["return"] for row in csv.DictReader(file) if row["seed"] == "2"] == ["0.0", "10.0", "300.0"]
+    """An interquartile mean needs four scores, and the same number of seeds for each task."""
+    walker = ("walker", "walk")
+    for seed, value in enumerate([100, 300], start=1):
+        make_run(tmp_path / "runs" / "deep" / f"cheetah{seed}", [0, 10, value, 400], seed=seed)
+    make_run(tmp_path / "runs" / "short", [0, 10], seed=3)
+    make_run(tmp_path / "runs" / "state", [0, 700, 710, 720], "sac_state")
+    make_run(tmp_path / "runs" / "walker", [0, 10, 100, 400], task=walker)
+    scores = draw(tmp_path)
+    assert row_of(scores, "SAC+AE:pixel", "cheetah_run", "100000") == [
+        "2",
+        "200.0",
+        "141.4",
+        "100.0 to 300.0",
+        "240 ± 38",
+    ]
+    assert row_of(scores, "SAC+AE:pixel", "cheetah_run", "500000")[:4] == ["0", "not reached", "", ""]
+    assert row_of(scores, "SAC:state", "cheetah_run", "100000")[:4] == ["1", "710.0", "", ""]
+    assert not scores["task"].str.contains("interquartile").any()
     printed = capsys.readouterr().out
-    assert printed == (out / "scores.md").read_text()
+    assert printed == (tmp_path / "out" / "scores.md").read_text()
     assert printed.splitlines()[2].startswith("| SAC+AE:pixel | cheetah_run | 100000 | 2 | 200.0 |")
+
+    make_run(tmp_path / "runs" / "walker2", [0, 10, 500, 400], task=walker, seed=2)
+    row = row_of(draw(tmp_path), "SAC+AE:pixel", "interquartile mean of 2 tasks", "100000")
+    assert (row[0], row[1], row[2], row[4]) == ("2", "200.0", "", "not published")
+    make_run(tmp_path / "runs" / "walker3", [0, 10, 500, 400], task=walker, seed=3)
+    assert not draw(tmp_path)["task"].str.contains("interquartile").any()
+
+
+@pytest.mark.parametrize(
+    ("every", "count", "budget", "score_is_from"),
+    [
+        (40_000, 4, 100_000, 80_000),  # it went on
+        (10_000, 10, 100_000, 90_000),
+        (10_000, 9, 100_000, None),
+        (80_000, 7, 500_000, 480_000),  # as in the DrQ paper
+        (120_000, 4, 100_000, None),  # only an untrained policy was evaluated within the budget
+    ],
+)
+def test_a_score_is_the_last_within_the_budget_of_a_run_that_reached_it(tmp_path, every, count, budget, score_is_from):
+    """Whatever its flags said in the end: --eval_freq may change at a resume."""
+    returns = [index * every for index in range(count)]
+    runs = plot.read_run(make_run(tmp_path / "a", returns, every=every // 4, eval_freq=1_000_000))
+    assert plot.scores_at(runs, budget).tolist() == ([] if score_is_from is None else [score_is_from])
 
 
 def test_evaluations_in_long_form(tmp_path):
@@ -68,32 +93,23 @@ def test_evaluations_in_long_form(tmp_path):
     starts = [{"step": 0, "commit": "old"}, {"step": 15_000, "commit": "new"}]
     (run / "starts.log").write_text("".join(json.dumps(start) + "\n" for start in starts))
     make_run(tmp_path / "runs" / "b", [4], seed=2)
-    assert plot.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
-    with (tmp_path / "out" / "evaluations.csv").open(newline="") as file:
-        rows = list(csv.reader(file))[1:]
-    assert [row[2:] for row in rows] == [
-        ["1", "0", "1.0", "0.5", "old"],
-        ["1", "40000", "2.0", "nan", "old"],
-        ["1", "80000", "3.0", "nan", "new"],
-        ["2", "0", "4.0", "nan", ""],
+    draw(tmp_path)
+    assert (tmp_path / "out" / "evaluations.csv").read_text().splitlines()[1:] == [
+        "cheetah_run,SAC+AE:pixel,1,0,1.0,0.5,old",
+        "cheetah_run,SAC+AE:pixel,1,40000,2.0,nan,old",
+        "cheetah_run,SAC+AE:pixel,1,80000,3.0,nan,new",
+        "cheetah_run,SAC+AE:pixel,2,0,4.0,nan,",
     ]
 
 
 def test_estimates():
     """The interval agrees with the formula: the mean's deviation is that of the values over the root of N."""
-    rng = np.random.default_rng(1)
-    values = rng.normal(500, 100, 400)
+    values = np.random.default_rng(1).normal(500, 100, 400)
     mean, low, high = plot.estimate([values])
     assert mean == pytest.approx(values.mean())
-    half = 1.96 * values.std() / 20
-    assert low == pytest.approx(values.mean() - half, abs=1)
-    assert high == pytest.approx(values.mean() + half, abs=1)
-    assert plot.estimate([np.array([7.5])]) == (7.5, 7.5, 7.5)  # one seed
-
-
-def test_interquartile_mean_leaves_out_the_outer_quarters_and_keeps_tasks_apart():
-    values = [np.array([0.0, 10.0, 20.0, 1e6]), np.array([30.0, 40.0, 50.0, 60.0])]
-    mean, low, high = plot.estimate(values)
+    assert [mean - low, high - mean] == pytest.approx(2 * [1.96 * values.std() / 20], abs=1)
+    # An interquartile mean leaves out the outer quarters.
+    mean, low, high = plot.estimate([np.array([0.0, 10.0, 20.0, 1e6]), np.array([30.0, 40.0, 50.0, 60.0])])
     assert mean == pytest.approx((20 + 30 + 40 + 50) / 4)
     assert low < mean < high
     # Each task's seeds are resampled by themselves. If they agree, the interval has no width.
@@ -110,259 +126,174 @@ def test_curve_of_runs_of_different_lengths_and_grids(tmp_path):
     assert means["mean"].tolist() == [50, 125, 200]
     assert means.iloc[0].tolist() == [50, 0, 100]
     # A run that has just begun does not change the mean of the others.
-    runs.append(plot.read_run(make_run(tmp_path / "c", [1000], seed=3)))
-    (line,) = plot.notes(pd.concat(runs))
+    short = plot.read_run(make_run(tmp_path / "c", [1000], seed=3))
+    everything = pd.concat([*runs, short], ignore_index=True)
+    (line,) = plot.notes(everything)
     assert line.startswith(f"note: {tmp_path / 'c'} is not in the curve of the mean")
-    assert plot.curve(pd.concat(runs))["mean"].tolist() == [50, 125, 200]
-
-
-def test_an_unfinished_line_is_skipped(tmp_path):
-    folder = make_run(tmp_path / "a", [0, 100])
-    with (folder / "eval.log").open("a") as file:
-        file.write('{"episode_rew')
-    assert plot.read_run(folder)["return"].tolist() == [0, 100]
+    assert plot.long_enough(everything)["run"].unique().tolist() == [tmp_path / "a", tmp_path / "b"]
 
 
 def test_notes(tmp_path, capsys):
-    """A run that is found twice counts once. Different settings and equal seeds are reported."""
-    runs = [make_run(tmp_path / "runs" / "a", [0, 10, 100]), make_run(tmp_path / "runs" / "b", [0, 10, 300], seed=2)]
-    assert plot.main([*map(str, runs), str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
-    assert rows_of(tmp_path / "out")[0]["seeds"] == "2"
+    """Runs that differ in what makes the method, or have the same seed, are reported; machine and saving are free."""
+    make_run(tmp_path / "runs" / "a", [0, 10, 100, 0], device="cpu", save_tb=True, num_train_steps=5, hidden_dim=8)
+    make_run(tmp_path / "runs" / "b", [0, 10, 300, 0], seed=2, device="cuda", save_tb=False, compile=True, old=True)
+    draw(tmp_path)
     assert capsys.readouterr().err == ""
-    make_run(tmp_path / "runs" / "c", [0, 10, 100], seed=2, repeat=8)
-    assert plot.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
-    assert capsys.readouterr().err == (
-        "note: the runs of SAC+AE:pixel on cheetah_run are averaged though they differ in --action_repeat\n"
-        "note: the runs of SAC+AE:pixel on cheetah_run are averaged though some have the same seed\n"
-    )
+    make_run(tmp_path / "runs" / "c", [0, 10, 100, 0], seed=2, action_repeat=8, hidden_dim=16, old=False)
+    draw(tmp_path)
+    note = "note: the runs of SAC+AE:pixel on cheetah_run are averaged though"
+    assert capsys.readouterr().err.splitlines() == [
+        f"{note} they differ in --action_repeat, --hidden_dim, --old",
+        f"{note} some have the same seed",
+    ]
 
 
-def test_table_has_interquartile_means(tmp_path):
-    """They need four scores, and the same number of seeds for each task."""
-    for task in (("cheetah", "run"), ("walker", "walk")):
-        make_run(tmp_path / "runs" / f"{task[0]}1", [0, 10, 100], task=task)
-    assert plot.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
-    assert not any("interquartile" in row["task"] for row in rows_of(tmp_path / "out"))
-    make_run(tmp_path / "runs" / "cheetah2", [0, 10, 500], seed=2)
-    make_run(tmp_path / "runs" / "cheetah3", [0, 10, 500], seed=3)
-    assert plot.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
-    assert not any("interquartile" in row["task"] for row in rows_of(tmp_path / "out"))
-    for seed in (2, 3):
-        make_run(tmp_path / "runs" / f"walker{seed}", [0, 10, 400], task=("walker", "walk"), seed=seed)
-    assert plot.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
-    (row,) = [row for row in rows_of(tmp_path / "out") if "interquartile" in row["task"]]
-    assert (row["seeds"], row["return"]) == ("3", "350.0")
-    make_run(tmp_path / "runs" / "finger1", [0, 10], task=("finger", "spin"))  # it ends before the budget
-    assert plot.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
-    assert not any("interquartile" in row["task"] for row in rows_of(tmp_path / "out"))
+def test_another_agent_is_a_method_of_its_own(tmp_path, capsys):
+    for name, more in {"a": {}, "b": {"agent": "sac_ae"}, "c": {"agent": "sac_vae"}, "d": {"agent": "drq"}}.items():
+        make_run(tmp_path / "runs" / name, [0, 10, 100, 0], seed=ord(name), **more)
+    seeds = draw(tmp_path)[:3].set_index("method")["seeds"].to_dict()
+    assert seeds == {"SAC+AE:pixel": "2", "SAC+AE:pixel (drq)": "1", "SAC+AE:pixel (sac_vae)": "1"}
+    assert capsys.readouterr().err == ""
+    figure = plot.draw(plot.read_runs([tmp_path / "runs"]), plot.read_published(plot.PUBLISHED))
+    lines = [line for line in figure.axes[0].get_lines() if ", here (" in line.get_label()]
+    assert len({line.get_color() for line in lines}) == 3
 
 
 DAMAGES = {
-    "no log": lambda folder: (folder / "eval.log").unlink(),
-    "empty": lambda folder: (folder / "eval.log").write_text(""),
-    "half a line": lambda folder: (folder / "eval.log").write_text('{"episode_rew'),
-    "other fields": lambda folder: (folder / "eval.log").write_text('{"reward": 3}\n'),
-    "text": lambda folder: (folder / "eval.log").write_bytes(b"\xff\xfe"),
-    "list": lambda folder: (folder / "eval.log").write_text("[1]\n"),
-    "list and fields": lambda folder: (folder / "eval.log").write_text(
-        '[1]\n{"episode_reward": 1, "environment_steps": 0}\n'
-    ),
-    "order": lambda folder: (folder / "eval.log").write_text(
-        "".join(f'{{"episode_reward": 1, "environment_steps": {step}}}\n' for step in (0, 8, 4))
-    ),
-    "no return": lambda folder: (folder / "eval.log").write_text('{"episode_reward": NaN, "environment_steps": 0}\n'),
-    "no steps": lambda folder: (folder / "eval.log").write_text(
-        '{"episode_reward": 1, "environment_steps": Infinity}\n'
-    ),
-    "huge": lambda folder: (folder / "eval.log").write_text(
-        f'{{"episode_reward": 1{"0" * 400}, "environment_steps": 0}}\n'
-    ),
-    "deep": lambda folder: (folder / "eval.log").write_text("[" * 100_000 + "\n"),
-    "lists": lambda folder: (folder / "eval.log").write_text('{"episode_reward": [1], "environment_steps": 0}\n'),
-    "args": lambda folder: (folder / "args.json").write_text("{"),
-    "other args": lambda folder: (folder / "args.json").write_text("{}"),
+    "empty": b"\n",
+    "other fields": b'{"reward": 3}\n',
+    "no text": b"\xff\xfe\n",
+    "list": b"[1]\n",
+    "order": b"".join(b'{"episode_reward": 1, "environment_steps": %d}\n' % step for step in (0, 8, 4)),
+    "no return": b'{"episode_reward": NaN, "environment_steps": 0}\n',
+    "huge": b'{"episode_reward": 1%s, "environment_steps": 0}\n' % (b"0" * 400),
+    "deep": b"[" * 100_000 + b"\n",
+    "lists": b'{"episode_reward": [1], "environment_steps": 0}\n',
 }
 
 
+@pytest.mark.parametrize("file", ["eval.log", "args.json", "starts.log"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_logs_are_left_out(tmp_path, capsys, damage):
-    """Each gets one line on stderr. The other runs are drawn."""
-    make_run(tmp_path / "runs" / "good", [0, 10, 100])
-    bad = make_run(tmp_path / "runs" / "bad", [0, 10, 100], seed=2)
-    DAMAGES[damage](bad)
-    assert plot.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
-    error = capsys.readouterr().err
-    assert error.startswith(f"{bad} is left out")
-    assert error.count("\n") == 1
-    assert rows_of(tmp_path / "out")[0]["seeds"] == "1"
-
-
-def test_nothing_to_draw(tmp_path, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        plot.main([str(tmp_path), "--out", str(tmp_path / "out")])
-    assert exit_.value.code == 2
-    assert "there is no run to draw" in capsys.readouterr().err
-    make_run(tmp_path / "runs", [0, 1])
-    with pytest.raises(SystemExit):
-        plot.main([str(tmp_path), "--out", str(tmp_path / "runs" / "eval.log")])
-    assert "cannot be written: File exists" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        plot.main([str(tmp_path), "--published", str(tmp_path / "runs" / "eval.log")])
-    assert "cannot be read as published scores" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_pictures(tmp_path):
-    """Each task has a panel. The legend names everything once."""
-    tasks = [("cheetah", "run"), ("walker", "walk"), ("finger", "spin"), ("reacher", "easy")]
-    for task in tasks:
-        for seed in (1, 2):
-            for method in plot.METHODS.values():
-                make_run(tmp_path / "runs" / f"{task[0]}_{method}_{seed}", [0, 10, 100], method, task, seed)
+def test_damaged_runs_are_left_out(tmp_path, capsys, file, damage):
+    """Each gets one line on stderr, which names the file. The other runs are drawn."""
+    make_run(tmp_path / "runs" / "good", [0, 10, 100, 0])
+    bad = make_run(tmp_path / "runs" / "bad", [0, 10, 100, 0], seed=2)
+    (bad / file).write_bytes(DAMAGES[damage])
     runs = plot.read_runs([tmp_path / "runs"])
-    assert runs["run"].nunique() == 24
-    figure = plot.draw(runs, plot.read_published(plot.PUBLISHED))
-    assert [axis.get_title() for axis in figure.axes] == ["cheetah run", "finger spin", "reacher easy", "walker walk"]
-    labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert len(labels) == len(set(labels))
-    assert {f"{method}, here (mean, 95 %)" for method in plot.METHODS.values()} < set(labels)
-    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
-    assert lines["SAC:state, here (mean, 95 %)"].get_xydata().tolist() == [[0, 0], [40_000, 10], [80_000, 100]]
-    assert plot.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
-    assert iio.imread(tmp_path / "out" / "curves.png").shape[2] == 4
-    svg = (tmp_path / "out" / "curves.svg").read_text()
-    assert "<svg" in svg[:500]
-    assert plot.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
-    assert (tmp_path / "out" / "curves.svg").read_text() == svg
+    assert runs["run"].unique().tolist() == [tmp_path / "runs" / "good"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{bad} is left out: {bad / file} is damaged")
 
 
-def test_published_scores_are_those_of_the_papers(tmp_path):
-    """The DrQ paper has six tasks at both budgets."""
-    published = plot.read_published(plot.PUBLISHED)
-    drq = published[published["source"].str.contains("DrQ")]
-    table = drq.set_index(["task", "method", "environment_steps"])["std"]
-    tasks = published["task"].unique()
-    assert len(tasks) == 6
-    for task in tasks:
-        for budget in plot.BUDGETS:
-            assert table[task, "SAC+AE:pixel", budget] > 0
+def test_unfinished_runs(tmp_path, capsys):
+    """The last line may be half written. A run without an evaluation is left out."""
+    run, new = make_run(tmp_path / "a", [0, 100]), make_run(tmp_path / "new", [])
+    with (run / "eval.log").open("a") as file:
+        file.write('{"episode_rew')
+    (make_run(tmp_path / "newer", []) / "eval.log").unlink()
+    assert plot.read_runs([tmp_path])["return"].tolist() == [0, 100]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith(f"{new} is left out: ")
+    assert lines[1:] == [f"{tmp_path / 'newer'} is left out: {tmp_path / 'newer' / 'eval.log'} is missing"]
 
 
-def test_runs_of_the_authors_script(tmp_path, capsys):
+def test_runs_of_the_authors_script(tmp_path):
     """Their lines have steps only. Each is `action_repeat` environment steps."""
-    run = make_run(tmp_path / "runs" / "a", [0, 10, 100, 400])
+    run = make_run(tmp_path / "run", [0, 10, 100, 400])
+    ours = plot.read_run(run)
     lines = [json.loads(line) for line in (run / "eval.log").read_text().splitlines()]
-    theirs = tmp_path / "runs" / "theirs"
-    theirs.mkdir()
-    flags = json.loads((run / "args.json").read_text()) | {"seed": 2, "agent": "sac_ae", "save_tb": False}
-    (theirs / "args.json").write_text(json.dumps(flags, sort_keys=True, indent=4))
     records = ({"episode": 3.0, "episode_reward": line["episode_reward"], "step": line["step"]} for line in lines)
-    (theirs / "eval.log").write_text("".join(json.dumps(record) + "\n" for record in records))
-    ours, read = plot.read_run(run), plot.read_run(theirs)
-    for name in ("environment steps", "return", "interval", "end"):
-        assert read[name].tolist() == ours[name].tolist()
-    assert plot.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    (run / "eval.log").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert plot.read_run(run).equals(ours)
+
+
+def test_links_are_followed_and_each_run_counts_once(tmp_path, capsys):
+    """To a run, to a folder of runs, to the files of a run, and in a circle."""
+    run = make_run(tmp_path / "disk" / "runs" / "a", [0, 10])
+    parts = make_run(tmp_path / "disk" / "parts", [0, 20], seed=2)
+    shown = tmp_path / "shown"
+    (shown / "files").mkdir(parents=True)
+    for name in ("args.json", "eval.log"):
+        (shown / "files" / name).symlink_to(parts / name)
+    (shown / "run").symlink_to(run)
+    (shown / "folder").symlink_to(run.parent)
+    for circle in ("circle", "another", "and another"):  # each of which leads to all others
+        (shown / circle).symlink_to(shown)
+    (shown / "itself").symlink_to(shown / "itself")
+    assert sorted(plot.read_runs([shown, shown, run])["return"]) == [0, 0, 10, 20]
     assert capsys.readouterr().err == ""
-    assert rows_of(tmp_path / "out")[0]["seeds"] == "2"
 
 
 def test_folders_without_runs(tmp_path, capsys):
     run = make_run(tmp_path / "run", [0, 1])
     (tmp_path / "empty").mkdir()
     folders = [tmp_path / "nowhere", run / "eval.log", tmp_path / "empty"]
-    assert plot.main([*map(str, folders), str(run), "--out", str(tmp_path / "out")]) == 0
-    reasons = [*["the folder does not exist"] * 2, "no run there, nothing with an args.json"]
-    expected = [f"{folder}: {reason}" for folder, reason in zip(folders, reasons, strict=True)]
-    assert capsys.readouterr().err.splitlines() == expected
+    assert len(plot.read_runs([*folders, run])) == 2
+    lines = [f"{folder}: there is no run, nothing with an args.json" for folder in folders]
+    assert capsys.readouterr().err.splitlines() == lines
 
 
-@pytest.mark.parametrize("name", plot.FILES)
-@pytest.mark.parametrize("kind", ["file", "link", "folder"])
-def test_files_of_others_are_not_overwritten(tmp_path, capsys, name, kind):
-    """One line, and nothing changes, if a file is there that plot.py has not written."""
-    run, out = make_run(tmp_path / "run", [0, 1]), tmp_path / "out"
-    out.mkdir()
-    if kind == "link":
-        (out / name).symlink_to(tmp_path / "nowhere")
-    elif kind == "folder":
-        (out / name).mkdir()
-    else:
-        (out / name).write_text("mine")
-    before = {path.name: path.is_file() and path.read_bytes() for path in out.iterdir()}
+@pytest.mark.parametrize(
+    ("folders", "flags", "words"),
+    [
+        ("empty", [], "there is no run to draw"),
+        ("run", ["--out", "run/eval.log"], "File exists"),
+        ("run", ["--out", "taken"], "Is a directory"),
+        ("run", ["--published", "run/eval.log"], "eval.log is damaged"),
+    ],
+)
+def test_refusals(tmp_path, capsys, monkeypatch, folders, flags, words):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "run", [0, 1])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "taken" / "curves.png").mkdir(parents=True)
     with pytest.raises(SystemExit) as exit_:
-        plot.main([str(run), "--out", str(out)])
+        plot.main([folders, *flags])
     assert exit_.value.code == 2
-    assert f"files that plot.py has not written, or that were changed since ({name})" in capsys.readouterr().err
-    assert {path.name: path.is_file() and path.read_bytes() for path in out.iterdir()} == before
+    assert words in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "plots").exists()
+    assert not list((tmp_path / "taken").glob(".*"))
 
 
-def test_a_file_that_the_user_has_changed_is_not_overwritten(tmp_path, capsys):
-    run, out = make_run(tmp_path / "run", [0, 1]), tmp_path / "out"
-    assert [plot.main([str(run), "--out", str(out)]) for _ in range(2)] == [0, 0]
-    (out / "scores.md").write_text("mine")
-    with pytest.raises(SystemExit):
-        plot.main([str(run), "--out", str(out)])
-    assert "(scores.md)" in capsys.readouterr().err
-    assert (out / "scores.md").read_text() == "mine"
+def test_pictures(tmp_path):
+    """Each task has a panel. The legend names everything once, and a single seed as such."""
+    tasks = [("cheetah", "run"), ("walker", "walk"), ("finger", "spin"), ("reacher", "easy")]
+    for task in tasks:
+        for method, seed in (("sac_ae", 1), ("sac_ae", 2), ("sac_pixel", 1), ("sac_state", 1), ("sac_state", 2)):
+            make_run(tmp_path / "runs" / f"{task[0]}_{method}_{seed}", [0, 10, 100], method, task, seed)
+    make_run(tmp_path / "runs" / "short", [0], "sac_pixel", tasks[0], seed=2)  # it is not in the mean
+    figure = plot.draw(plot.read_runs([tmp_path / "runs"]), plot.read_published(plot.PUBLISHED))
+    assert [axis.get_title() for axis in figure.axes] == ["cheetah run", "finger spin", "reacher easy", "walker walk"]
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(names) == len(set(names))
+    here = ["SAC+AE:pixel, here (mean, 95 %)", "SAC:pixel, here (one seed)", "SAC:state, here (mean, 95 %)"]
+    assert [name for name in names if "here" in name] == here
+    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    assert lines[here[2]].get_xydata().tolist() == [[0, 0], [40_000, 10], [80_000, 100]]
 
 
-def test_runs_without_a_common_step_are_drawn(tmp_path):
-    """The early lines of one are gone."""
-    for seed, steps in ((1, (0, 50, 100)), (2, (150, 200))):
-        folder = make_run(tmp_path / "runs" / str(seed), [1.0] * len(steps), seed=seed)
-        lines = [json.dumps({"step": step, "episode_reward": 1.0}) + "\n" for step in steps]
-        (folder / "eval.log").write_text("".join(lines))
-    assert plot.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
-    assert (tmp_path / "out" / "curves.png").exists()
+def test_files_appear_whole_and_are_the_same_for_the_same_runs(tmp_path, monkeypatch):
+    make_run(tmp_path / "runs" / "a", [1, 1, 1])
+    # Of a run without a step in common with the other, because its early lines are gone.
+    late = make_run(tmp_path / "runs" / "b", [1] * 5, seed=2, every=7000)
+    (late / "eval.log").write_text((late / "eval.log").read_text().splitlines()[-1] + "\n")
+    draw(tmp_path)
+    before = contents(tmp_path / "out")
+    assert before.keys() == {"curves.png", "curves.svg", "scores.md", "scores.csv", "evaluations.csv"}
+    assert iio.imread(before["curves.png"]).shape[2] == 4
+    (tmp_path / "out" / "scores.md").write_text("of another program")
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    draw(tmp_path)
+    assert contents(tmp_path / "out") == before | {"notes.txt": b"mine"}
 
+    to_csv = pd.DataFrame.to_csv
 
-@pytest.mark.parametrize("begun", [False, True])
-@pytest.mark.parametrize("count", [2, 4, 6])
-def test_a_drawing_that_was_interrupted_while_files_were_replaced_is_drawn_again(tmp_path, monkeypatch, begun, count):
-    run, out, replaced = make_run(tmp_path / "run", [0, 1]), tmp_path / "out", []
-    if begun:
-        assert plot.main([str(run), "--out", str(out)]) == 0
-        make_run(tmp_path / "run" / "more", [5, 6], seed=2)
-
-    def replace(path, target, replace=Path.replace):
-        replaced.append(target)
-        if len(replaced) == count:
-            raise KeyboardInterrupt
-        return replace(path, target)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Path, "replace", replace)
-        plot.main([str(run), "--out", str(out)])
-    assert plot.main([str(run), "--out", str(out)]) == 0
-
-
-def test_a_list_of_files_that_is_damaged(tmp_path, capsys):
-    run, out = make_run(tmp_path / "run", [0, 1]), tmp_path / "out"
-    assert plot.main([str(run), "--out", str(out)]) == 0
-    (out / plot.LIST).write_bytes(b"\xff")
-    with pytest.raises(SystemExit):
-        plot.main([str(run), "--out", str(out)])
-    assert "changed since (curves.png, " in capsys.readouterr().err
-
-
-def test_an_interrupted_drawing_leaves_the_files_as_they_were(tmp_path, monkeypatch):
-    run, out = make_run(tmp_path / "run", [0, 1]), tmp_path / "out"
-    assert plot.main([str(run), "--out", str(out)]) == 0
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert set(before) == {*plot.FILES, plot.LIST}
-    make_files = plot.make_files
-
-    def interrupted(*args):
-        make_files(*args)
+    def interrupted(*args, **kwargs):
+        to_csv(*args, **kwargs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(plot, "make_files", interrupted)
-    make_run(tmp_path / "more", [5, 6], seed=2)
+    monkeypatch.setattr(pd.DataFrame, "to_csv", interrupted)
+    make_run(tmp_path / "runs" / "c", [5, 6], seed=3)
     with pytest.raises(KeyboardInterrupt):
-        plot.main([str(tmp_path), "--out", str(out)])
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-
-
-def test_plotting_needs_no_torch():
-    code = "import sys, plot; print('torch' in sys.modules)"
-    assert subprocess.check_output([sys.executable, "-c", code], cwd=plot.PUBLISHED.parents[1], text=True) == "False\n"
+        draw(tmp_path)
+    assert contents(tmp_path / "out") == before | {"notes.txt": b"mine"}

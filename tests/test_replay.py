@@ -1,4 +1,4 @@
-"""The replay gives what naive storage gives, bit for bit."""
+"""The replay gives what naive storage gives, bit for bit; its files survive kills; a run finds room for it."""
 
 from __future__ import annotations
 
@@ -6,47 +6,54 @@ import itertools
 import json
 import os
 import re
-from contextlib import suppress
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import gym
 import numpy as np
 import plain
 import psutil
 import pytest
 import torch
+from folders import contents
+from forked import fail_at
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy import CountingEnv, StateEnv
 
 import replay_buffer
-import replay_files
 import train
 from errors import UserError
-from files import unfinished, write_tensors
+from files import unfinished
 from support import machine
 from support.prefetch import Prefetched
 from utils import ReplayBuffer
 
 
 class Episodes:
-    """Endless episodes of random small pictures, as a loop with a frame stack hands them to a replay."""
+    """Episodes of random small frames, as a loop with a frame stack hands them to a replay: of pixels, or of states."""
 
-    def __init__(self, seed, num_stacked, shape=(3, 2, 2), values=256):
-        self.rng = np.random.default_rng(seed)
-        self.num_stacked, self.shape, self.values = num_stacked, shape, values
+    def __init__(self, seed, num_stacked=3, frame=(3, 2, 2), values=256):
+        self.rng, self.num_stacked, self.shape, self.values = np.random.default_rng(seed), num_stacked, frame, values
 
     def frame(self):
+        if len(self.shape) == 1:
+            few = self.rng.choice([0.0, -0.0, 0.1, np.nan], self.shape)
+            return few if self.values < 256 else self.rng.standard_normal(self.shape)
         return self.rng.integers(0, self.values, self.shape, dtype=np.uint8)
 
-    def play(self, length):
-        """The transitions of an episode."""
-        stack = [self.frame()] * self.num_stacked
-        for index in range(length):
-            following = [*stack[1:], self.frame()]
-            done = index == length - 1 and self.rng.random() < 0.5
-            action = self.rng.uniform(-1, 1, 2).astype(np.float32)
-            yield np.concatenate(stack), action, float(self.rng.random()), np.concatenate(following), done
-            stack = following
+    def play(self, *lengths):
+        """The transitions of episodes of these lengths."""
+        for length in lengths:
+            stack = [self.frame()] * self.num_stacked
+            for index in range(length):
+                following = [*stack[1:], self.frame()]
+                done = index == length - 1 and self.rng.random() < 0.5
+                action = self.rng.uniform(-1, 1, 2).astype(np.float32)
+                yield np.concatenate(stack), action, float(self.rng.random()), np.concatenate(following), done
+                stack = following
 
 
 # Where frames lie and samples go. With prefetching on the CPU its logic is tested without a GPU, too.
@@ -58,89 +65,96 @@ PLACES = {
 }
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 every_place = pytest.mark.parametrize(
-    "place", ["cpu", "prefetched", pytest.param("cuda", marks=needs_gpu), pytest.param("pinned", marks=needs_gpu)]
+    "place", ["cpu", "prefetched", *(pytest.param(place, marks=needs_gpu) for place in ("cuda", "pinned"))]
 )
+# Frames in a stack, and a frame: pixels of one and of three channels, states.
+KINDS = st.one_of(st.tuples(st.integers(1, 4), st.sampled_from([(1, 1, 2), (3, 2, 2)])), st.just((1, (2,))))
+VALUES = st.sampled_from([2, 256])  # few distinct values make neighbouring frames equal by chance
+LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
+PARTS = st.lists(st.integers(0, 40), min_size=3, max_size=8)
+property_test = settings(max_examples=60, deadline=None)
 
 
-def make_both(capacity, num_stacked=3, batch_size=8, shape=(3, 2, 2), place="cpu", seed=0):
-    obs_shape = (num_stacked * shape[0], *shape[1:])
-    replay = ReplayBuffer(obs_shape, (2,), capacity, batch_size, frame_channels=shape[0], seed=seed, **PLACES[place])
-    if place in ("prefetched", "pinned"):
-        replay = Prefetched(replay)
-    return replay, plain.PlainReplay(obs_shape, (2,), capacity, batch_size, "cpu", seed)
+def make(capacity=100, num_stacked=3, frame=(3, 2, 2), place="cpu", batch_size=8, seed=0):
+    obs_shape = (num_stacked * frame[0], *frame[1:])
+    replay = ReplayBuffer(obs_shape, (2,), capacity, batch_size, frame_channels=frame[0], seed=seed, **PLACES[place])
+    return Prefetched(replay) if place in ("prefetched", "pinned") else replay
 
 
-def assert_same(replay, naive):
-    """Everything that can be drawn equals naive storage."""
+def make_naive(num_stacked=3, frame=(3, 2, 2)):
+    return plain.PlainReplay((num_stacked * frame[0], *frame[1:]), (2,), 1000, 8, "cpu")
+
+
+def fill(transitions, *storages):
+    for transition in transitions:
+        for storage in storages:
+            storage.add(*transition)
+
+
+def filled(*lengths, seed=0, **more):
+    """A replay, and naive storage of the same transitions."""
+    replay, naive = make(**more), make_naive()
+    fill(Episodes(seed).play(*lengths), replay, naive)
+    return replay, naive
+
+
+def equal(batch, want):
+    """Whether all bits are equal, those of NaN and -0.0, too."""
+    pairs = [[part.cpu().float().numpy() for part in parts] for parts in zip(batch, want, strict=True)]
+    return all(ours.shape == his.shape and ours.tobytes() == his.tobytes() for ours, his in pairs)
+
+
+def same(replay, naive):
+    """Whether everything that can be drawn equals naive storage."""
     transitions = np.arange(replay.oldest, replay.transitions_added)
-    for ours, theirs in zip(replay.gather(transitions), naive.gather(transitions), strict=True):
-        assert torch.equal(ours.cpu().float(), theirs)
+    return replay.transitions_added == naive.added and equal(replay.gather(transitions), naive.gather(transitions))
+
+
+def assert_nothing_is_dropped_in_vain(replay, capacity):
+    """The transition before the oldest has no row or lacks a frame."""
+    assert 1 <= len(replay) <= capacity
+    if replay.oldest > 0 and len(replay) < capacity:
+        newest = replay.newest[(replay.oldest - 1) % capacity]
+        assert newest - replay.num_stacked < replay.frames_added - len(replay.frames)
 
 
 @every_place
-@settings(max_examples=100, deadline=None)
-@given(
-    capacity=st.integers(1, 90),
-    num_stacked=st.integers(1, 4),
-    channels=st.sampled_from([1, 3]),
-    # Few distinct pixel values make neighbouring frames equal by chance.
-    values=st.sampled_from([2, 256]),
-    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12),
-    seed=st.integers(0, 99),
-)
-def test_equals_naive_storage(place, capacity, num_stacked, channels, values, lengths, seed):
-    shape = (channels, 1, 2)
-    replay, naive = make_both(capacity, num_stacked, shape=shape, place=place)
-    episodes = Episodes(seed, num_stacked, shape, values)
+@property_test
+@given(st.integers(1, 90), KINDS, VALUES, LENGTHS, st.lists(st.integers(0, 2), min_size=1), st.booleans())
+def test_equals_naive_storage(place, capacity, kind, values, lengths, samples, told):
+    """With any episodes and any rhythm of samples, whether or not the caller says where episodes begin.
+
+    Draws depend on the seed and the transitions alone. The caller may use its arrays again.
+    """
+    replay, alike = make(capacity, *kind, place=place, seed=5), make(capacity, *kind, seed=5)
+    naive, episodes, samples, frames = make_naive(*kind), Episodes(0, *kind, values), itertools.cycle(samples), 0
+    with pytest.raises(ValueError, match="empty replay"):
+        replay.sample()
     for length in lengths:
-        for transition in episodes.play(length):
-            replay.add(*transition)
+        for index, transition in enumerate(episodes.play(length)):
+            for storage in (replay, alike):
+                storage.add(*transition, first=index == 0 if told else None)
             naive.add(*transition)
-            assert 1 <= len(replay) <= capacity
-            assert replay.frames_added - len(replay.frames) <= replay.first_frame(replay.oldest)
-        assert_same(replay, naive)
-
-
-@settings(max_examples=50, deadline=None)
-@given(capacity=st.integers(1, 20), count=st.integers(1, 60), seed=st.integers(0, 99), values=st.sampled_from([2, 256]))
-def test_equals_naive_storage_for_unrelated_observations(capacity, count, seed, values):
-    """Whatever is added comes back, even where no frame is shared."""
-    replay, naive = make_both(capacity)
-    rng = np.random.default_rng(seed)
-    for _ in range(count):
-        obs, next_obs = rng.integers(0, values, (2, 9, 2, 2), dtype=np.uint8)
-        transition = obs, rng.uniform(-1, 1, 2), rng.random(), next_obs, rng.random() < 0.5
-        replay.add(*transition)
-        naive.add(*transition)
-    assert_same(replay, naive)
-
-
-@every_place
-@settings(max_examples=60, deadline=None)
-@given(capacity=st.integers(1, 90), adds=st.lists(st.integers(0, 9), min_size=5, max_size=80), seed=st.integers(0, 99))
-def test_samples_do_not_depend_on_the_place(place, capacity, adds, seed):
-    """Any order of adds and samples gives the batches that naive storage gives for the same draws."""
-    replay, naive = make_both(capacity, place=place, seed=seed)
-    alike, _ = make_both(capacity, seed=seed)
-    episodes = Episodes(seed, 3)
-    transitions = (transition for length in itertools.count(1) for transition in episodes.play(length % 17 + 1))
-    for count in [1, *adds]:
-        for transition in itertools.islice(transitions, count):
-            for storage in (replay, alike, naive):
-                storage.add(*transition)
-        want = naive.gather(alike.draw())
-        alike.draws += 1
-        batch = replay.sample()
-        assert all(torch.equal(ours.cpu().float(), theirs) for ours, theirs in zip(batch, want, strict=True))
+            for array in (transition[0], transition[1], transition[3]):
+                array.fill(0)
+            assert_nothing_is_dropped_in_vain(replay, capacity)
+            for _ in range(next(samples)):
+                want = naive.gather(alike.draw())
+                alike.draws += 1
+                assert equal(replay.sample(), want)
+        assert same(replay, naive)
+        frames += length + replay.num_stacked
+        # Where it is not told, a first frame may look like the one before.
+        assert replay.frames_added == frames if told else replay.frames_added <= frames
+    observations = torch.uint8 if len(replay.obs_shape) == 3 else torch.float32
+    types = [part.dtype for part in replay.sample()]
+    assert types == [observations, torch.float32, torch.float32, observations, torch.float32]
 
 
 def test_prefetching_works_ahead():
     """In the loop's rhythm every batch but the first is gathered before it is asked for; in a burst none is."""
-    replay, _ = make_both(50, place="prefetched")
-    ahead = []
-    transitions = Episodes(0, 3).play(1000)
-    for transition in itertools.islice(transitions, 20):
-        replay.add(*transition)
+    replay, transitions, ahead = make(50, place="prefetched"), Episodes(0).play(1000), []
+    fill(itertools.islice(transitions, 20), replay)
     for count in (5, *[1] * 100):
         for _ in range(count):
             ahead.append(replay._next is not None)
@@ -149,188 +163,307 @@ def test_prefetching_works_ahead():
     assert ahead == [False] * 5 + [True] * 100
 
 
-def test_a_transition_that_does_not_continue_is_an_error():
-    """Unless it begins an episode, or the caller does not say."""
-    replay, naive = make_both(50)
-    first, second = (list(Episodes(seed, 3).play(4)) for seed in (1, 2))
-    for index, transition in enumerate(first):
-        replay.add(*transition, first=index == 0)
-        naive.add(*transition)
-    with pytest.raises(ValueError, match="first=True where an episode begins"):
-        replay.add(*second[0], first=False)
-    replay.add(*second[0], first=True)
-    replay.add(*first[0])
-    for transition in (second[0], first[0]):
-        naive.add(*transition)
-    assert_same(replay, naive)
-
-
-def test_caller_may_say_where_episodes_begin():
-    replay, naive = make_both(50)
-    for length in (3, 5, 4):
-        for index, transition in enumerate(Episodes(length, 3).play(length)):
-            replay.add(*transition, first=index == 0)
-            naive.add(*transition)
-    assert_same(replay, naive)
-    assert replay.frames_added == 4 + 6 + 5
-
-
-def test_no_transition_is_lost_before_the_ring_is_full():
-    """Episodes of 64 transitions and more leave room for all of the capacity."""
-    replay, naive = make_both(capacity=640)
-    episodes = Episodes(0, 3)
-    for _ in range(25):
-        for transition in episodes.play(64):
-            replay.add(*transition)
-            naive.add(*transition)
-            assert len(replay) == min(640, replay.transitions_added)
-    assert_same(replay, naive)
-
-
-def test_caller_may_reuse_its_arrays():
-    replay, naive = make_both(20)
-    obs, next_obs = np.zeros((2, 9, 2, 2), np.uint8)
-    for transition in Episodes(0, 3).play(10):
-        obs[:], next_obs[:] = transition[0], transition[3]
-        replay.add(obs, transition[1], transition[2], next_obs, transition[4])
-        naive.add(obs, transition[1], transition[2], next_obs, transition[4])
-        obs[:] = next_obs[:] = 0
-    assert_same(replay, naive)
-    assert replay.frames_added == 11
-
-
-def test_states_are_kept_as_float32():
-    replay = ReplayBuffer((4,), (2,), 10, 8, "cpu")
-    rng = np.random.default_rng(0)
-    states = rng.standard_normal((31, 4))
-    for state, following in itertools.pairwise(states):
-        replay.add(state, np.zeros(2), 0.0, following, False)
-    obs, _, _, next_obs, _ = replay.gather(np.arange(20, 30))
-    assert obs.dtype == torch.float32
-    assert torch.equal(obs, torch.as_tensor(states[20:30]).float())
-    assert torch.equal(next_obs, torch.as_tensor(states[21:31]).float())
-    assert replay.frames_added == 31
-
-
-def test_sample_shapes_and_types():
-    replay, _ = make_both(20, batch_size=5)
-    with pytest.raises(ValueError, match="empty replay"):
-        replay.sample()
-    for transition in Episodes(0, 3).play(10):
-        replay.add(*transition)
-    obs, action, reward, next_obs, not_done = replay.sample()
-    assert obs.shape == next_obs.shape == (5, 9, 2, 2)
-    assert obs.dtype == next_obs.dtype == torch.uint8
-    assert action.shape == (5, 2)
-    assert reward.shape == not_done.shape == (5, 1)
-    assert action.dtype == reward.dtype == not_done.dtype == torch.float32
-
-
 @every_place
-def test_draws_are_uniform_and_from_what_is_stored(place):
-    replay = ReplayBuffer((1,), (1,), 50, 100, seed=3, **PLACES[place])
-    for index in range(120):
-        replay.add(np.full(1, index), np.zeros(1), 0.0, np.full(1, index + 1), False)
-    draws = np.concatenate([replay.sample()[0].cpu().numpy().ravel() for _ in range(500)]).astype(int)
-    counts = np.bincount(draws, minlength=120)
+@pytest.mark.parametrize(("change", "words"), [
+    ({"obs": np.zeros((9, 3, 3), np.uint8)}, "observations must have shape"),
+    ({"next_obs": np.zeros((9, 3, 3), np.uint8)}, "observations must have shape"),
+    ({"action": np.zeros(3)}, "actions must have shape"),
+    ({"reward": "much"}, "could not convert"),
+    ({"next_obs": np.ones((9, 2, 2), np.uint8)}, "next_obs does not continue obs"),
+    ({"obs": np.ones((9, 2, 2), np.uint8), "first": False}, "say first=True where an episode begins"),
+])  # fmt: skip
+def test_a_refused_transition_leaves_no_trace(place, change, words):
+    replay, naive = make(10, place=place), make_naive()
+    for transition in Episodes(0).play(14, 9):
+        with pytest.raises(ValueError, match=words):
+            replay.add(**dict(zip(("obs", "action", "reward", "next_obs", "done"), transition, strict=True)) | change)
+        fill([transition], replay, naive)
+        replay.sample()
+    assert same(replay, naive)
+
+
+def test_draws_are_uniform_and_from_what_is_stored():
+    replay = make(50, batch_size=100)
+    fill(Episodes(0).play(120), replay)
+    draws = []
+    for _ in range(500):
+        draws.append(replay.draw())
+        replay.draws += 1
+    counts = np.bincount(np.concatenate(draws), minlength=120)
     assert counts[:70].sum() == 0
-    chi_square = ((counts[70:] - 1000) ** 2 / 1000).sum()
-    assert chi_square < 85.4  # 0.999 quantile for 49 degrees of freedom
+    assert ((counts[70:] - 1000) ** 2 / 1000).sum() < 85.4  # 0.999 quantile of chi-square for 49 degrees of freedom
 
 
-def test_same_seed_same_draws():
-    samples = []
-    for _ in range(2):
-        replay, _ = make_both(20)
-        for transition in Episodes(0, 3).play(10):
-            replay.add(*transition)
-        samples.append(replay.sample()[0])
-    assert torch.equal(*samples)
-
-
-def test_memory():
-    """At most 1.05 times the frames of 10,000 transitions, taken at the start; episodes of 250 fill it."""
-    before = psutil.Process().memory_info().rss
-    replay = ReplayBuffer((9, 84, 84), (6,), 10_000, 128, "cpu")
-    taken = psutil.Process().memory_info().rss - before
-    assert 0.95 * replay.nbytes < taken < 1.05 * replay.nbytes
-    assert replay.nbytes <= 1.05 * 10_000 * 3 * 84 * 84
-    small = ReplayBuffer((3, 4, 4), (6,), 10_000, 128, "cpu", frame_channels=1)  # the same numbers of frames
-    assert len(small.frames) == len(replay.frames)
-    for _ in range(41):
-        for obs, _, reward, next_obs, done in Episodes(0, 3, (1, 4, 4)).play(250):
-            small.add(obs, np.zeros(6), reward, next_obs, done)
-    assert len(small) == 10_000
+@pytest.mark.parametrize(
+    ("obs_shape", "frame_channels", "capacity", "words"),
+    [((9, 4, 4), 3, 0, "capacity"), ((8, 4, 4), 3, 9, "whole number of frames"), ((9, 4, 4), 2, 9, "whole number")],
+)
+def test_a_replay_that_cannot_be(obs_shape, frame_channels, capacity, words):
+    with pytest.raises(ValueError, match=words):
+        ReplayBuffer(obs_shape, (2,), capacity, 8, "cpu", frame_channels=frame_channels)
 
 
 @pytest.mark.parametrize("obs_shape", [(9, 84, 84), (3, 24, 30), (17,)])
-def test_bytes_are_known_before(obs_shape):
-    replay = ReplayBuffer(obs_shape, (6,), 130, 8, "cpu")
-    taken = sum(getattr(replay, name).nbytes for name in ("frames", *replay.FIELDS))
-    assert replay_buffer.replay_bytes(obs_shape, (6,), 130) == taken == replay.nbytes
+def test_memory(obs_shape):
+    """Taken at the start, and known before: at most 22 GB for a million transitions of pixels.
+
+    There is room for the frames of short episodes: of states for any, of pixels as the class says.
+    """
+    before = psutil.Process().memory_info().rss
+    replay = ReplayBuffer(obs_shape, (6,), 10_000, 128, "cpu")
+    taken = psutil.Process().memory_info().rss - before
+    assert replay_buffer.replay_bytes(obs_shape, (6,), 10_000) == replay.nbytes
+    assert sum(getattr(replay, name).nbytes for name in ("frames", *replay_buffer.FIELDS)) == replay.nbytes
+    if replay.nbytes > 10**8:  # less may come from memory that tests before have given back
+        assert 0.95 * replay.nbytes < taken < 1.05 * replay.nbytes
+    assert len(replay.frames) >= (20_000 if len(obs_shape) == 1 else 10_312)
+    assert 21e9 < replay_buffer.replay_bytes((9, 84, 84), (6,), 1_000_000) < 22e9
 
 
-@pytest.fixture
-def place(monkeypatch):
-    """Where a replay of a run on (9, 84, 84) pixels and 6 actions has its frames, which are not made."""
-    monkeypatch.setattr(machine, "ReplayBuffer", lambda *args: args[-1])
+# Files.
+
+
+def listed(folder):
+    """Names of the chunks that belong to the save."""
+    return [chunk[0] for chunk in json.loads((folder / "replay.json").read_text())["content"]["chunks"]]
+
+
+def names_in(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def loaded(folder, **more):
+    replay = make(**more)
+    replay.load(folder)
+    return replay
+
+
+@every_place
+@property_test
+@given(st.integers(1, 60), KINDS, VALUES, LENGTHS, PARTS, st.integers(1, 80))
+def test_a_loaded_replay_continues_as_if_nothing_had_been(
+    place, tmp_path_factory, capacity, kind, values, lengths, parts, other_capacity
+):
+    """Exactly; one of another capacity, with room for the transitions, has those whose frames it has room for."""
+    folder, transitions = tmp_path_factory.mktemp("replay"), Episodes(0, *kind, values).play(*lengths)
+    replay, alike, naive = make(capacity, *kind, place=place), make(capacity, *kind), make_naive(*kind)
+    fill(itertools.islice(transitions, 1), replay, alike, naive)
+    for part in parts:
+        fill(itertools.islice(transitions, part), replay, alike, naive)
+        assert equal(replay.sample(), alike.sample())
+        with mock.patch.object(replay_buffer, "MAX_CHUNK", 1 + part // 3), mock.patch.object(os, "fsync"):
+            replay.save(folder)
+        assert names_in(folder) == {"replay.json", *listed(folder)}
+        other = make(max(len(replay), other_capacity), *kind, place=place)
+        other.load(folder)
+        assert same(other, naive)
+        if other.oldest > replay.oldest:
+            assert_nothing_is_dropped_in_vain(other, other.capacity)
+        if part % 2:
+            replay = make(capacity, *kind, place=place)
+            replay.load(folder)
+        assert (replay.oldest, replay.frames_added) == (alike.oldest, alike.frames_added)
+        assert same(replay, naive)
+
+
+def test_a_save_writes_only_what_is_new(tmp_path, monkeypatch):
+    """In chunks of limited size; to another folder all. A folder is the same by whatever path."""
+    monkeypatch.setattr(replay_buffer, "MAX_CHUNK", 20)
+    monkeypatch.chdir(tmp_path)
+    replay, naive = make(), make_naive()
+    replay.save("a")
+    assert not Path("a").exists()  # nothing of an empty replay
+    for length, folder in ((10, "a"), (50, tmp_path / "a"), (0, "b/c"), (0, "b/../a")):
+        fill(Episodes(length).play(length), replay, naive)
+        replay.sample()
+        replay.save(folder)
+        assert same(loaded(folder), naive)
+        assert equal(loaded(folder).sample(), replay.gather(replay.draw()))  # draws are counted
+    assert listed(tmp_path / "a") == ["0_10.pt", "10_30.pt", "30_50.pt", "50_60.pt"]
+    assert len(torch.load("a/30_50.pt")["frames"]) == 20 + 3
+    assert listed(tmp_path / "b/c") == ["0_20.pt", "20_40.pt", "40_60.pt"]
+
+
+class Killed(BaseException):
+    """In place of SIGKILL: nothing tidies up."""
+
+
+def save_failing(replay, folder, error, *when):
+    """Raises the error at a change of the disk."""
+
+    def fail():
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        fail_at(*when, fail=fail, patch=patch.setattr)
+        replay.save(folder)
+
+
+@pytest.mark.parametrize("case", ["first save", "later save", "save after the checkpoint"])
+def test_a_save_that_is_killed(tmp_path, monkeypatch, case):
+    """At any change of the disk: the save before it is whole, or the new one. The resumed run can save again."""
+    monkeypatch.setattr(replay_buffer, "MAX_CHUNK", 7)
+    for number in itertools.count(1):
+        buffer, checkpoint = tmp_path / str(number) / "buffer", tmp_path / str(number) / "checkpoint"
+        replay, naive = filled(15, capacity=30)
+        buffered = None  # what is in the buffer before the save that is killed
+        if case != "first save":
+            replay.save(buffer)
+            buffered = filled(15)[1]
+        if case == "later save":
+            fill(Episodes(1).play(20), replay, naive)  # the first chunk is no longer needed
+        index = json.loads(json.dumps(replay.save_chunks(checkpoint)))
+        if case == "save after the checkpoint":
+            fill(Episodes(2).play(24), replay, buffered)  # the first chunk is deleted
+            replay.save(buffer)
+        fill(Episodes(3).play(4), naive)
+        killed = None
+        for error in (Killed(), Killed(), None):  # it is killed twice
+            replay = make(30)
+            replay.load_chunks(checkpoint, index)
+            fill(Episodes(3).play(4), replay)  # it goes on otherwise than before
+            try:
+                save_failing(replay, buffer, error, number if error else 0)
+            except Killed as raised:
+                killed = raised
+            if buffered or ((buffer / "replay.json").exists() and listed(buffer)):
+                left = loaded(buffer, capacity=30)
+                assert same(left, naive) or (killed and same(left, buffered))
+        assert same(loaded(buffer, capacity=30), naive)
+        assert not list(buffer.glob(".*"))  # unfinished files
+        if not killed:
+            break
+    assert number > 8
+    assert names_in(buffer) == {"replay.json", *listed(buffer)}
+    if case == "later save":
+        assert "7_14.pt" in listed(buffer)  # which is not written again: the name would be another
+
+
+def test_a_save_that_fails_leaves_no_litter(tmp_path, monkeypatch):
+    """The disk is full at any file: the save before stays, and the next one tidies up."""
+    monkeypatch.setattr(replay_buffer, "MAX_CHUNK", 4)
+    replay, naive = filled(10, 20)
+    replay.save(tmp_path)
+    before = filled(10, 20)[1]
+    for failing in range(1, 6):
+        fill(Episodes(failing).play(3), replay, naive)
+        with pytest.raises(UserError, match="no space"):
+            save_failing(replay, tmp_path, OSError("no space left on device"), failing, ["replace"])
+        assert same(loaded(tmp_path), before)
+    replay.save(tmp_path)
+    assert names_in(tmp_path) == {"replay.json", *listed(tmp_path)}
+    assert same(loaded(tmp_path), naive)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize(
+    "occupy",
+    [
+        lambda folder: (folder / "replay.json").write_text("theirs"),
+        lambda folder: (folder / "0_10.pt").write_text("theirs"),
+        lambda folder: (folder / "replay.json").symlink_to("nowhere"),
+        lambda folder: filled(5, seed=1)[0].save(folder),
+    ],
+)
+def test_a_first_save_needs_an_empty_folder(tmp_path, occupy, moved):
+    """Even where the replay was saved before, if that was moved away. Elsewhere it can be saved, and loaded."""
+    replay, naive = filled(10)
+    if moved:
+        replay.save(tmp_path / "a")
+        (tmp_path / "a").rename(tmp_path / "b")
+    (tmp_path / "a").mkdir()
+    occupy(tmp_path / "a")
+    before = contents(tmp_path), set(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=r"belongs to another replay: save to an empty folder|replay\.json is damaged"):
+        replay.save(tmp_path / "a")
+    assert (contents(tmp_path), set(tmp_path.rglob("*"))) == before
+    (tmp_path / "a").rename(tmp_path / "c")
+    replay.save(tmp_path / "a")
+    assert same(loaded(tmp_path / "a"), naive)
+
+
+def test_saves_delete_and_replace_only_what_the_replay_has_written(tmp_path):
+    """Not what came later, however it is named, even where a chunk is due."""
+    replay, naive = make(20), make_naive()
+    late = ("123_456.pt", "1_2.pt", ".1_2.pt.tmp", ".notes", "notes.tmp", "30_40.pt", "0_10.pt")
+    for turn in range(6):
+        fill(Episodes(turn).play(10), replay, naive)
+        replay.save(tmp_path)
+        if turn == 2:
+            for name in late:
+                (tmp_path / name).write_text("theirs")
+            unfinished(tmp_path / "31_33.pt").touch()  # which only this program writes
+    assert all((tmp_path / name).read_text() == "theirs" for name in late)
+    assert names_in(tmp_path) == {"replay.json", *late, *listed(tmp_path)}
+    assert same(loaded(tmp_path, capacity=20), naive)
+
+
+@pytest.mark.parametrize(
+    ("replay", "words"),
+    [
+        (lambda: filled(4)[0], "holds transitions already"),
+        (lambda: make(59), "holds 60 transitions, more than the replay's capacity, 59"),
+        (lambda: make(frame=(3, 2, 4)), "shapes"),
+        (lambda: ReplayBuffer((9, 2, 2), (5,), 100, 8, "cpu"), "shapes"),
+        (lambda: ReplayBuffer((9, 2, 2), (2,), 100, 8, "cpu", frame_channels=9), "shapes"),
+    ],
+)
+def test_a_replay_that_cannot_take_a_save(tmp_path, replay, words):
+    filled(60)[0].save(tmp_path)
+    replay = replay()
+    count = len(replay)
+    with pytest.raises(UserError, match=words):
+        replay.load(tmp_path)
+    assert len(replay) == count
+
+
+# What a run asks of the machine and the environment.
+
+
+NEEDED = replay_buffer.replay_bytes((9, 84, 84), (6,), 10**6) + machine.RESERVE
+ENOUGH = (NEEDED + 1000, NEEDED)  # bytes free on the GPU and in host memory
+
+
+@pytest.mark.parametrize(
+    ("replay_device", "device", "capacity", "gpu", "host", "result"),
+    [
+        ("auto", "cuda:0", 10**6, *ENOUGH, "cuda:0"),
+        ("cpu", "cuda:0", 10**6, *ENOUGH, "cpu"),
+        ("auto", "cpu", 10**6, *ENOUGH, "cpu"),
+        ("cuda", "cpu", 10**6, *ENOUGH, "needs a GPU"),
+        ("auto", "cuda:0", 10**6, ENOUGH[0] - 1, ENOUGH[1], "cpu"),
+        ("cuda", "cuda:0", 10**6, ENOUGH[0] - 1, ENOUGH[1], "of cuda:0: "),
+        ("auto", "cpu", 10**6, ENOUGH[0], ENOUGH[1] - 1, "of host memory: "),
+        ("auto", "cuda:0", 10**6, 9, 9, "of cuda:0 or host memory: --replay_buffer_capacity 0 fits$"),
+        ("auto", "cpu", 100, 0, 2 * 10**6, "of host memory: "),
+        # A small replay needs no large reserve of host memory; on a GPU the networks beside it do.
+        ("auto", "cpu", 1000, 0, 10**8, "cpu"),
+        ("auto", "cuda:0", 1000, machine.RESERVE, 10**8, "cpu"),
+    ],
+)
+def test_placement(monkeypatch, replay_device, device, capacity, gpu, host, result):
+    """auto takes the GPU if the frames fit there, else host memory; what does not fit is refused with what would."""
+    monkeypatch.setattr(machine, "ReplayBuffer", lambda *args: args[-1])  # where the frames would be
     monkeypatch.setattr(machine, "Prefetched", lambda place: place)
     monkeypatch.setattr(machine, "update_bytes", lambda *_: 1000)
-    shapes = {"observation_space": SimpleNamespace(shape=(9, 84, 84)), "action_space": SimpleNamespace(shape=(6,))}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gpu, 10**12))
+    monkeypatch.setattr(machine, "free_host_bytes", lambda: host)
+    spaces = {"observation_space": SimpleNamespace(shape=(9, 84, 84)), "action_space": SimpleNamespace(shape=(6,))}
 
-    def place(replay_device, device, capacity=1_000_000):
+    def place(capacity):
         flags = ["--replay_device", replay_device, "--replay_buffer_capacity", str(capacity)]
-        return machine.make_replay(train.make_parser().parse_args(flags), SimpleNamespace(**shapes), device)
+        env = SimpleNamespace(num_stacked=3, **spaces)
+        return str(machine.make_replay(train.make_parser().parse_args(flags), env, torch.device(device)))
 
-    return place
-
-
-GPU, CPU = torch.device("cuda:0"), torch.device("cpu")
-
-
-def test_placement(monkeypatch, place):
-    """auto takes the GPU if the frames fit there, else host memory; what does not fit is refused with what would."""
-    needed = replay_buffer.replay_bytes((9, 84, 84), (6,), 1_000_000)
-    free = {"gpu": needed + machine.RESERVE + 1000, "host": needed + machine.RESERVE}
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["gpu"], 10**12))
-    monkeypatch.setattr(machine, "free_host_bytes", lambda: free["host"])
-    assert place("auto", GPU) == GPU
-    assert place("cpu", GPU) == CPU
-    assert place("auto", CPU) == CPU
-    with pytest.raises(UserError, match="needs a GPU"):
-        place("cuda", CPU)
-    free["gpu"] -= 1
-    assert place("auto", GPU) == CPU
-    with pytest.raises(UserError, match=r"of cuda:0: --replay_buffer_capacity \d+ fits$"):
-        place("cuda", GPU)
-    free["host"] -= 1
-    for requested, device in (("auto", CPU), ("cpu", GPU)):
-        with pytest.raises(UserError, match=r"of host memory: --replay_buffer_capacity \d+ fits$"):
-            place(requested, device)
-    free["host"] //= 2
-    with pytest.raises(UserError, match=r"of cuda:0 or host memory: --replay_buffer_capacity \d+ fits$"):
-        place("auto", GPU)
-    free["host"] = 0
-    with pytest.raises(UserError, match=r"capacity 0 fits$"):
-        place("auto", CPU)
-
-
-def test_small_replays_need_no_large_reserve(monkeypatch, place):
-    """In host memory; on a GPU the networks beside them need it."""
-    monkeypatch.setattr(machine, "free_host_bytes", lambda: 10**8)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (machine.RESERVE, 10**12))
-    for device in (CPU, GPU):
-        assert place("auto", device, 1000) == CPU
-
-
-@pytest.mark.parametrize("capacity", [100, 1000, 123_456])
-def test_the_capacity_that_is_named_fits(monkeypatch, place, capacity):
-    monkeypatch.setattr(machine, "free_host_bytes", lambda: 10**6 * capacity // 50)
-    with pytest.raises(UserError) as error:
-        place("cpu", CPU, capacity)
-    named = int(re.search(r"capacity (\d+) fits", str(error.value))[1])
-    assert 0.7 * capacity < named < capacity
-    assert place("cpu", CPU, named) == CPU
+    if result in ("cpu", "cuda:0"):
+        assert place(capacity) == result
+        return
+    with pytest.raises(UserError, match=result) as error:
+        place(capacity)
+    if result.endswith(": "):
+        named = int(re.search(r"--replay_buffer_capacity (\d+) fits$", str(error.value))[1])
+        assert 0.7 * capacity < named < capacity
+        assert place(named) in ("cpu", "cuda:0")
 
 
 @pytest.mark.parametrize(
@@ -343,7 +476,7 @@ def test_the_capacity_that_is_named_fits(monkeypatch, place, capacity):
     ],
 )
 def test_control_groups_limit_memory(tmp_path, listing, files, free):
-    """What a container or a batch system allows, with file pages that can be given up."""
+    """What a container or a batch system allows, with file pages that can be given up; else what the machine has."""
     root = tmp_path / "cgroup"
     for name, limit in files.items():
         group = (root / name).parent
@@ -353,362 +486,25 @@ def test_control_groups_limit_memory(tmp_path, listing, files, free):
         (group / "memory.stat").write_text("anon 200\ninactive_file 70\n")
     (tmp_path / "listing").write_text(listing + "\n")
     left = machine.free_host_bytes(tmp_path / "listing", root)
-    assert left == free if free is not None else left > 10**6
+    assert left == free if free is not None else 10**6 < left <= psutil.virtual_memory().total
 
 
-def test_free_host_memory_is_plausible():
-    assert 0 < machine.free_host_bytes() <= psutil.virtual_memory().total
+@pytest.mark.parametrize(("shape", "refused"), [((84, 84, 18), True), ((3, 64, 4), False)])
+def test_channels_come_first(shape, refused):
+    env = CountingEnv()
+    env.observation_space = gym.spaces.Box(0, 255, shape, np.uint8)
+    with pytest.raises(UserError, match="put channels first") if refused else nullcontext():
+        machine.try_out(env, train.make_parser().parse_args([]))
 
 
-@pytest.mark.parametrize(
-    ("call", "words"),
-    [
-        (lambda: ReplayBuffer((9, 4, 4), (2,), 0, 8, "cpu"), "capacity"),
-        (lambda: ReplayBuffer((8, 4, 4), (2,), 10, 8, "cpu"), "whole number of frames"),
-        (
-            lambda: make_both(3)[0].add(np.zeros((9, 4, 4)), np.zeros(2), 0.0, np.zeros((9, 4, 4)), False),
-            "observations of shape",
-        ),
-    ],
-)
-def test_wrong_shapes_are_refused(call, words):
-    with pytest.raises(ValueError, match=words):
-        call()
+class ReusingEnv(StateEnv):
+    state = np.zeros(3)
+
+    def _observe(self):
+        self.state[:] = super()._observe()
+        return self.state
 
 
-@every_place
-@settings(max_examples=60, deadline=None)
-@given(
-    capacity=st.integers(1, 60),
-    num_stacked=st.integers(1, 3),
-    values=st.sampled_from([2, 256]),
-    chunk=st.integers(1, 20),
-    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=10),
-    data=st.data(),
-)
-def test_save_and_load_continue_as_if_nothing_had_been(
-    place, capacity, num_stacked, values, chunk, lengths, data, tmp_path_factory
-):
-    folder = tmp_path_factory.mktemp("replay")
-    shape = (1, 1, 1) if values == 2 else (3, 2, 2)  # few different frames are often equal by chance
-    replay, naive = make_both(capacity, num_stacked, shape=shape, place=place)
-    episodes = Episodes(0, num_stacked, shape, values)
-    for length in lengths:
-        for transition in episodes.play(length):
-            replay.add(*transition)
-            naive.add(*transition)
-            if replay.transitions_added % 3 == 0:
-                replay.sample()
-        action = data.draw(st.sampled_from(["nothing", "save", "load"]))
-        if action != "nothing":
-            with mock.patch.object(replay_files, "MAX_CHUNK", chunk):
-                replay.save(folder)
-            assert set(files_in(folder)) == {"replay.json", *chunk_names(folder)}
-        if action == "load":
-            loaded, _ = make_both(capacity, num_stacked, shape=shape, place=place)
-            loaded.load(folder)
-            assert (loaded.oldest, loaded.transitions_added) == (replay.oldest, replay.transitions_added)
-            assert loaded.frames_added == replay.frames_added
-            assert torch.equal(loaded.sample()[0], replay.sample()[0])
-            larger, _ = make_both(capacity + 5, num_stacked, shape=shape, place=place)
-            larger.load(folder)
-            numbers = np.arange(replay.oldest, replay.transitions_added)
-            assert all(map(torch.equal, larger.gather(numbers), replay.gather(numbers)))
-            replay = loaded
-        assert_same(replay, naive)
-
-
-def chunk_names(folder):
-    return [chunk[0] for chunk in json.loads((folder / "replay.json").read_text())["content"]["chunks"]]
-
-
-def files_in(folder):
-    """Names of the files, but that of their list."""
-    return sorted(path.name for path in folder.iterdir() if path.name != replay_files.LIST)
-
-
-def saved_replay(folder, seed=0):
-    replay, _ = make_both(100)
-    for length in (10, 20, 30):
-        for transition in Episodes(seed, 3).play(length):
-            replay.add(*transition)
-        replay.save(folder)
-    return replay
-
-
-def test_a_save_writes_only_what_is_new(tmp_path):
-    saved_replay(tmp_path)
-    assert files_in(tmp_path) == ["0_10.pt", "10_30.pt", "30_60.pt", "replay.json"]
-    assert len(torch.load(tmp_path / "30_60.pt")["frames"]) == 31
-
-
-def test_another_folder_gets_everything(tmp_path):
-    replay = saved_replay(tmp_path / "a")
-    replay.save(tmp_path / "b")
-    loaded, _ = make_both(100)
-    loaded.load(tmp_path / "b")
-    assert len(loaded) == 60
-    for transition in Episodes(1, 3).play(5):
-        loaded.add(*transition)
-    loaded.save(tmp_path / "c")
-    again, _ = make_both(100)
-    again.load(tmp_path / "c")
-    assert len(again) == 65
-
-
-def test_draws_are_counted_even_if_nothing_was_added(tmp_path):
-    replay = saved_replay(tmp_path)
-    replay.sample()
-    replay.save(tmp_path)
-    loaded, _ = make_both(100)
-    loaded.load(tmp_path)
-    assert torch.equal(loaded.sample()[0], replay.sample()[0])
-
-
-def test_a_large_save_is_cut_into_chunks(tmp_path, monkeypatch):
-    """Its copy in memory stays small, and each frame is written once."""
-    monkeypatch.setattr(replay_files, "MAX_CHUNK", 7)
-    replay, naive = make_both(25)
-    for length in (10, 1, 9, 14):
-        for transition in Episodes(length, 3).play(length):
-            replay.add(*transition)
-            naive.add(*transition)
-    replay.save(tmp_path)
-    chunks = [torch.load(tmp_path / name) for name in chunk_names(tmp_path)]
-    assert [len(chunk["rewards"]) for chunk in chunks] == [7, 7, 7, 4]
-    assert sum(len(chunk["frames"]) for chunk in chunks) <= len(replay.frames)
-    loaded, _ = make_both(25)
-    loaded.load(tmp_path)
-    assert_same(loaded, naive)
-
-
-def test_a_failed_save_leaves_the_last_one_good_and_no_litter(tmp_path, monkeypatch):
-    """A chunk, its folder or the index cannot be written: the last save stays, and the next one tidies up."""
-    replay = saved_replay(tmp_path)
-    fsync = os.fsync
-    for failing in (1, 2, 3):
-        for transition in Episodes(failing, 3).play(5):
-            replay.add(*transition)
-        written = []
-
-        def fail(descriptor, written=written, failing=failing):
-            written.append(descriptor)
-            if len(written) == failing:
-                raise OSError("no space left on device")
-            fsync(descriptor)
-
-        with monkeypatch.context() as patch, pytest.raises(UserError, match="no space"):
-            patch.setattr(os, "fsync", fail)
-            replay.save(tmp_path)
-        loaded, _ = make_both(100)
-        loaded.load(tmp_path)
-        assert loaded.transitions_added == 60
-    replay.save(tmp_path)
-    names = ["0_10.pt", "10_30.pt", "30_60.pt", "60_75.pt", "replay.json"]
-    assert files_in(tmp_path) == names
-
-
-def test_a_refused_transition_leaves_no_trace():
-    replay, naive = make_both(10)
-    for transition in Episodes(0, 3).play(20):
-        replay.add(*transition)
-        naive.add(*transition)
-        with pytest.raises(ValueError, match="observations of shape"):
-            replay.add(transition[0] + 1, transition[1], 0.0, np.zeros((9, 3, 3), np.uint8), False)
-    assert_same(replay, naive)
-
-
-def test_every_bit_of_a_state():
-    replay = ReplayBuffer((1,), (1,), 4, 8, "cpu")
-    for value, following in ((0.0, -0.0), (-0.0, 0.0), (float("nan"), 1.0)):
-        replay.add(np.full(1, value), np.zeros(1), 0.0, np.full(1, following), False)
-    obs, _, _, next_obs, _ = replay.gather(np.arange(3))
-    assert torch.signbit(obs).flatten().tolist()[:2] == [False, True]
-    assert torch.signbit(next_obs).flatten().tolist()[:2] == [True, False]
-    assert torch.isnan(obs[2])
-
-
-def test_folders_and_names(tmp_path, monkeypatch):
-    """A folder is the same by whatever path; a replay may come back to its own."""
-    replay = saved_replay(tmp_path / "a")
-    replay.save(tmp_path / "b")
-    replay.save(tmp_path / "a")
-    monkeypatch.chdir(tmp_path)
-    replay.save("a")
-    loaded, _ = make_both(100)
-    loaded.load("a")
-    assert len(loaded) == 60
-    other = ReplayBuffer((9, 2, 2), (5,), 100, 8, "cpu")
-    with pytest.raises(ValueError, match="shapes"):
-        other.load("a")
-
-
-def test_a_killed_save_leaves_the_last_one_good(tmp_path):
-    replay = saved_replay(tmp_path)
-    index = (tmp_path / "replay.json").read_bytes()
-    for transition in Episodes(5, 3).play(5):
-        replay.add(*transition)
-    replay.save(tmp_path)
-    (tmp_path / "replay.json").write_bytes(index)  # as if killed before the index was written
-    loaded, _ = make_both(100)
-    loaded.load(tmp_path)
-    assert loaded.transitions_added == 60
-    for transition in Episodes(5, 3).play(5):
-        loaded.add(*transition)
-    loaded.save(tmp_path)
-    again, _ = make_both(100)
-    again.load(tmp_path)
-    assert len(again) == 65
-
-
-@pytest.mark.parametrize(
-    ("name", "harm"),
-    [
-        *itertools.product(["10_30.pt", "replay.json"], ["truncate", "empty", "remove", "replace"]),
-        ("10_30.pt", "change"),
-    ],
-)
-def test_damaged_files_are_named(tmp_path, name, harm):
-    saved_replay(tmp_path / "a")
-    path = tmp_path / "a" / name
-    content = path.read_bytes()
-    if harm == "truncate":
-        path.write_bytes(content[: len(content) // 2])
-    elif harm == "empty":
-        path.write_bytes(b"")
-    elif harm == "remove":
-        path.unlink()
-    elif harm == "change":
-        place = len(content) // 2
-        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-    else:
-        saved_replay(tmp_path / "b", seed=1)
-        path.write_bytes((tmp_path / "b" / name).read_bytes())
-    replay, _ = make_both(100)
-    with pytest.raises(ValueError, match=r"(10_30\.pt|0_10\.pt|replay\.json)") as error:
-        replay.load(tmp_path / "a")
-    assert "\n" not in str(error.value)
-
-
-def test_other_replays_are_not_overwritten(tmp_path):
-    saved_replay(tmp_path)
-    other, _ = make_both(100)
-    for transition in Episodes(0, 3).play(4):
-        other.add(*transition)
-    with pytest.raises(UserError, match="another replay"):
-        other.save(tmp_path)
-    with pytest.raises(ValueError, match="holds transitions already"):
-        other.load(tmp_path)
-    small, _ = make_both(59)
-    with pytest.raises(ValueError, match="60 transitions with 63 frames, but this replay has room for 59 and 65"):
-        small.load(tmp_path)
-    assert len(chunk_names(tmp_path)) == 3
-
-
-def their_file(path, content=b"theirs"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    return path
-
-
-@pytest.mark.parametrize("name", ["123_456.pt", "0_10.pt", "replay.json"])
-@pytest.mark.parametrize("kind", ["text", "authors", "another replay", "link"])
-def test_a_first_save_is_refused_where_others_have_saved(tmp_path, name, kind):
-    """Whether or not their index is there; nothing is changed, and elsewhere the replay can be saved."""
-    path, folder = tmp_path / "a" / name, tmp_path / "a"
-    folder.mkdir()
-    if kind == "text":
-        their_file(path)
-    elif kind == "authors":
-        torch.save([np.zeros((2, 9, 2, 2), np.uint8)] * 5, path)
-    elif kind == "another replay":
-        saved_replay(tmp_path / "b")
-        (tmp_path / "b" / ("0_10.pt" if name != "replay.json" else name)).rename(path)
-    else:
-        path.symlink_to(tmp_path / "nowhere")
-    replay = saved_replay(tmp_path / "c")
-    before = [(path.name, path.is_symlink() or path.read_bytes()) for path in folder.iterdir()]
-    with pytest.raises(UserError, match=f"{name} belongs to another replay"):
-        replay.save(folder)
-    assert [(path.name, path.is_symlink() or path.read_bytes()) for path in folder.iterdir()] == before
-
-
-def test_saves_delete_only_what_the_replay_has_written(tmp_path):
-    """Not what came later: files named like chunks or scraps, of whomever. One in the way of a chunk stays, too."""
-    replay, _ = make_both(20)
-    episodes = Episodes(0, 3)
-    theirs = []
-    for length in (10, 10, 10, 10):
-        for transition in episodes.play(length):
-            replay.add(*transition)
-        replay.save(tmp_path)
-        if not theirs:
-            names = ("123_456.pt", "1_2.pt", ".1_2.pt.tmp", ".replay.json.tmp", ".10_20.pt.tmp", "notes.tmp")
-            theirs = [their_file(tmp_path / name) for name in names]
-            saved_replay(tmp_path / "b")
-            theirs.append((tmp_path / "b" / "30_60.pt").rename(tmp_path / "30_60.pt"))
-    assert not (tmp_path / "0_10.pt").exists()
-    theirs.append(their_file(tmp_path / "0_10.pt"))  # the name of a file that the replay has written and removed
-    replay.save(tmp_path)
-    assert all(path.exists() for path in theirs)
-    their_file(tmp_path / "40_45.pt")
-    for transition in episodes.play(5):
-        replay.add(*transition)
-    with pytest.raises(UserError, match=r"40_45\.pt was not written by this program"):
-        replay.save(tmp_path)
-    assert (tmp_path / "40_45.pt").read_bytes() == b"theirs"
-    loaded, _ = make_both(20)
-    loaded.load(tmp_path)
-    assert loaded.transitions_added == 40
-
-
-@pytest.mark.parametrize("name", ["0_10.pt", "replay.json"])
-def test_another_folder_under_the_same_name_is_not_the_replays(tmp_path, name):
-    """Its own was moved away, and someone else's files lie there now."""
-    replay = saved_replay(tmp_path / "a")
-    (tmp_path / "a").rename(tmp_path / "b")
-    path = their_file(tmp_path / "a" / name)
-    for transition in Episodes(5, 3).play(50):  # which drives out the first chunk
-        replay.add(*transition)
-        with suppress(UserError):
-            replay.save(tmp_path / "a")
-    assert path.read_bytes() == b"theirs"
-
-
-@pytest.mark.parametrize("failing", [1, 2, 3])
-def test_a_first_save_that_failed_can_be_made_again(tmp_path, monkeypatch, failing):
-    replay = saved_replay(tmp_path / "a")
-    calls = iter(range(1, 100))
-
-    def fail(*args):
-        if next(calls) == failing:
-            raise UserError("no space left on device")
-        return write_tensors(*args)
-
-    monkeypatch.setattr(replay_files, "MAX_CHUNK", 10)
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="no space"):
-        patch.setattr(replay_files, "write_tensors", fail)
-        replay.save(tmp_path / "b")
-    replay.save(tmp_path / "b")
-    loaded, _ = make_both(100)
-    loaded.load(tmp_path / "b")
-    assert loaded.transitions_added == 60
-
-
-def test_what_a_killed_save_leaves_goes_with_the_next(tmp_path):
-    """A chunk that no index lists yet, and half a file."""
-    replay = saved_replay(tmp_path)
-    index = (tmp_path / "replay.json").read_bytes()
-    for transition in Episodes(5, 3).play(5):
-        replay.add(*transition)
-    replay.save(tmp_path)
-    (tmp_path / "replay.json").write_bytes(index)
-    unfinished(tmp_path / "60_65.pt").write_bytes(b"half")
-    loaded, _ = make_both(100)
-    loaded.load(tmp_path)
-    for transition in Episodes(5, 3).play(7):
-        loaded.add(*transition)
-    loaded.save(tmp_path)
-    assert files_in(tmp_path) == [
-        "0_10.pt", "10_30.pt", "30_60.pt", "60_67.pt", "replay.json",
-    ]  # fmt: skip
+def test_observations_must_be_new_arrays():
+    with pytest.raises(UserError, match="must be new arrays"):
+        machine.try_out(ReusingEnv(), train.make_parser().parse_args([]))

@@ -21,8 +21,10 @@ class CountingEnv(gym.Env):
     Episodes last `limit` decisions; with `ends` an action above 0.5 ends one before.
     """
 
+    channels = 3
+
     def __init__(self, size=16, limit=5, ends=False):
-        self.observation_space = gym.spaces.Box(0, 255, (3, size, size), np.uint8)
+        self.observation_space = gym.spaces.Box(0, 255, (self.channels, size, size), np.uint8)
         self.action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
         self.limit = limit
         self.ends = ends
