@@ -65,8 +65,8 @@ def find_models(work_dir: Path, step: int | None) -> tuple[Path | None, int]:
         )
     for folder in (work_dir / "model", work_dir):
         found = {match.groups() for path in folder.glob("*.pt") if (match := MODEL.fullmatch(path.name))}
-        # All networks: a run that was killed may have saved only some.
-        needed = {"actor", "critic", *(name for name, at in found if ("actor", at) in found)}
+        # A run that was killed may have saved only some.
+        needed = {"actor", "critic", *(name for name, _ in found if name == "decoder")}
         steps = {int(at) for _, at in found if {(name, at) for name in needed} <= found}
         if steps and step is not None and step not in steps:
             close = sorted(sorted(steps, key=lambda saved: abs(saved - step))[:3])
@@ -82,7 +82,8 @@ def find_models(work_dir: Path, step: int | None) -> tuple[Path | None, int]:
 def args_file(work_dir: Path) -> Path:
     """The run's args.json, which may be missing; `work_dir` may be the folder `model` in the run's folder."""
     folder = work_dir.absolute()
-    return (folder.parent if folder.name == "model" else folder) / "args.json"
+    in_parent = folder.name == "model" and not (folder / "args.json").exists()
+    return (folder.parent if in_parent else folder) / "args.json"
 
 
 def training_flags(work_dir: Path, words: list[str]) -> argparse.Namespace:

@@ -10,6 +10,7 @@ if __name__ == "__main__":
 import itertools
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,6 +31,7 @@ from support import report
 from support.flags import OneLineParser, user_path
 from support.published import METHODS
 
+REPLACED = re.compile(r".*\.\d{8}-\d{6}")  # folders of runs that --overwrite of train.py has replaced
 PUBLISHED = Path(__file__).parent / "results" / "published.csv"
 BUDGETS = (100_000, 500_000)  # environment steps
 TITLES = {(method.encoder_type, method.decoder_type): method.title for method in METHODS.values()}
@@ -45,10 +47,14 @@ matplotlib.rcParams["svg.hashsalt"] = "curves"  # the same runs give the same fi
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """Returns the folders with an args.json in and below a folder. Follows symbolic links, also those in circles."""
+    """Returns the folders with an args.json in and below a folder, without those that --overwrite has moved away.
+
+    Follows symbolic links, also those in circles.
+    """
     found, seen = [], set()
     for path, folders, files in os.walk(folder, followlinks=True):
-        if (real := Path(path).resolve()) in seen:
+        replaced = Path(path) != folder and REPLACED.fullmatch(path)
+        if (real := Path(path).resolve()) in seen or replaced:
             folders.clear()  # a link to a folder above would not end
         elif "args.json" in files:
             found.append(Path(path))

@@ -135,7 +135,10 @@ class ReplayBuffer:
         if first is False and not continues:
             raise ValueError("obs is not the next_obs of the transition before: say first=True where an episode begins")
         if next_stack[:-1].tobytes() != stack[1:].tobytes():
-            raise ValueError("next_obs does not continue obs: it must be obs without its oldest frame, and a new frame")
+            raise UserError(
+                "an observation does not continue the one before, without its oldest frame and with a new one: "
+                "stack frames by FrameStack, in the outermost wrapper"
+            )
         new = next_stack[-1:] if continues and not first else np.concatenate([stack, next_stack[-1:]])
         for frame in torch.from_numpy(new.reshape(-1, *self.frames.shape[1:]).copy()):
             # On a GPU the copy is queued behind the update that may be running.

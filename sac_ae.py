@@ -9,6 +9,7 @@ import copy
 import math
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MethodType
@@ -95,7 +96,7 @@ class Settings:
 def set_precision(precision: Precision | None) -> None:
     """Sets how a GPU computes products and convolutions in float32, for the whole process.
 
-    None and bf16 keep PyTorch's defaults: products in full float32, convolutions in TF32.
+    None and bf16 set PyTorch's defaults: products in full float32, convolutions in TF32.
     https://docs.pytorch.org/docs/stable/notes/cuda.html#tensorfloat-32-tf32-on-ampere-and-later-devices
     """
     backends: Any = torch.backends
@@ -447,11 +448,12 @@ class SacAeAgent(nn.Module):
         dtype = torch.bfloat16 if pixels and self.settings.precision == "bf16" else weight.dtype
         return send(tensor, self.device).to(dtype, memory_format=layout)
 
-    def layers_in_bf16(self) -> torch.autocast:
+    def layers_in_bf16(self) -> AbstractContextManager[Any]:
         """A context in which layers compute in bfloat16, if that is the precision."""
-        enabled = self.settings.precision == "bf16"
+        if self.settings.precision != "bf16":
+            return nullcontext()
         # Without autocast's cache of cast weights, because weights change within an update.
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
 
     # What training changes, saved and loaded
 
@@ -514,12 +516,14 @@ class SacAeAgent(nn.Module):
                     moments.setdefault(kind, new).copy_(value)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As PyTorch's. Raises ValueError, and loads nothing, if the moments are of other optimisers or parameters."""
-        mine = {name: self.trained_by(optimizer).keys() for name, optimizer in self.optimizers.items()}
-        theirs = {name: moments.keys() for name, moments in state_dict.get("_extra_state", {}).items()}
-        if theirs != mine:
-            differ = [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
-            raise ValueError(f"its optimisers train other parameters: {', '.join(differ)}")
+        """As PyTorch's. Raises UserError, and loads nothing, if it is the state of another agent."""
+        mine, theirs = (
+            {name: value.shape for name, value in state.items() if isinstance(value, Tensor)}
+            | {name: set(moments) for name, moments in state.get("_extra_state", {}).items()}
+            for state in (self.state_dict(), state_dict)
+        )
+        if differ := sorted(name for name in mine | theirs if mine.get(name) != theirs.get(name)):
+            raise UserError(f"it has other networks or optimisers: {', '.join(differ):.200}")
         return super().load_state_dict(state_dict, strict, assign)
 
     def trained_by(self, optimizer: Optimizer) -> dict[str, Tensor]:

@@ -270,8 +270,9 @@ def open_run(
         check_compiler()
     set_seed_everywhere(args.seed)
     make = functools.partial(make_env, args, args.seed)
+    with closing(make()) as spare:  # not the run's own, which may forbid to be reset within an episode
+        try_out(spare, args)
     env = resources.enter_context(closing(make()))
-    try_out(env, args)
     agent = make_agent(args, env.observation_space.shape, env.action_space.shape)
     replay = make_replay(args, env, agent.device)
     envs = SideBySide(make, min(args.num_eval_episodes, MAX_ENVS), args.eval_workers)

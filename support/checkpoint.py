@@ -13,7 +13,6 @@ import fcntl
 import json
 import os
 import re
-import shutil
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -37,7 +36,9 @@ VERSION = 4
 NAMES = ("args.json", "starts.log", "train.log", "eval.log", "tb", "video", "model", "buffer", "checkpoint")
 UNBEGUN = {"tb", "checkpoint"}
 INDEX = "checkpoint.json"
-FILES = re.compile(r"(state_\d+|\d+_\d+)\.pt|\..*\.sac_ae_tmp")  # in `checkpoint`, beside the index
+# In `checkpoint`, beside the index: a file of tensors, chunks of the replay, and what a killed write leaves.
+STATE, CHUNK = r"state_\d{19}\.pt", r"\d+_\d+\.pt"
+FILES = re.compile(rf"{STATE}|{CHUNK}|\.({STATE}|{CHUNK}|checkpoint\.json)\.sac_ae_tmp")
 
 
 @dataclass
@@ -145,7 +146,9 @@ def check_folder(args: argparse.Namespace, path: Path) -> None:
     if (names := run_files(path)) and not args.resume and not args.overwrite:
         choice = "choose another, or --resume or --overwrite it"
         raise UserError(f"work_dir {path} holds a run already ({', '.join(names)}): {choice}")
-    if args.resume and not UNBEGUN.issuperset(names) and not os.path.lexists(path / "checkpoint" / INDEX):
+    # Chunks without an index are of another program: a run has none before its first index.
+    begun = not UNBEGUN.issuperset(names) or any(re.fullmatch(CHUNK, file.name) for file in path.glob("checkpoint/*"))
+    if args.resume and begun and not os.path.lexists(path / "checkpoint" / INDEX):
         raise UserError(
             f"work_dir {path} holds {', '.join(names)}, but {path / 'checkpoint' / INDEX} is missing: "
             "there is nothing to resume; choose another work_dir, or --overwrite it"
@@ -193,8 +196,8 @@ def load_agent(agent: Any, path: Path, saved: dict[str, Any]) -> dict[str, Tenso
     content = read_tensors(file, crc32, agent.device)
     try:
         agent.load_state_dict(content["agent"])
-    except (RuntimeError, KeyError, ValueError) as error:
-        raise UserError(f"{file} is of another agent than this code's: {' '.join(str(error).split()):.300}") from error
+    except UserError as error:
+        raise UserError(f"{file} is of another agent than this code's: {error}") from error
     return content["random"]
 
 
@@ -237,14 +240,15 @@ class Run:
         return lines
 
     def _make_room(self) -> list[str]:
-        """Moves the files of an old run to a folder beside this one; lines to print."""
+        """Moves an old run's files to a folder beside this one, or in this one if it is a mount; lines to print."""
         if self.args.overwrite and (names := run_files(self.path)):
             here = self.path.resolve()
-            there = here.with_name(f"{here.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+            beside = here if here.is_mount() else here.parent  # on the same disk
+            there = beside / f"{here.name}.{time.strftime('%Y%m%d-%H%M%S')}"
             with writing(there):
                 there.mkdir()
                 for name in reversed(names):  # the checkpoint first: without it the rest is not taken for a run
-                    shutil.move(here / name, there / name)
+                    (here / name).rename(there / name)
             # At once: what follows may fail.
             report.show(f"moved the run that was in {self.path} to {there}: {', '.join(names)}")
             return []

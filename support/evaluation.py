@@ -87,12 +87,14 @@ class Child:
     """A group in a child process. It exits when the pipe closes, even if this process is killed.
 
     Unlike multiprocessing's processes, it does not import the program that started it, and so not PyTorch: less than
-    half of the memory. It imports this project from where this process has it, never from the current folder.
+    half of the memory. It imports this project from where this process has it, not from the current folder.
     """
 
     def __init__(self) -> None:
         self.pipe, theirs = Pipe()  # for a pickled call and its answer, in turn
         paths = [str(Path(__file__).parent.parent), *filter(None, sys.path)]
+        if "" in sys.path:  # in a notebook or `python -c`: this process, too, finds modules in the current folder
+            paths.append(str(Path.cwd()))
         command = [sys.executable, "-P", "-c", CHILD, str(theirs.fileno()), *paths]
         with theirs:  # in a session of its own, which Ctrl-C does not reach; what it prints goes to stderr
             self._process = subprocess.Popen(
@@ -120,7 +122,11 @@ class SideBySide:
         self._envs: list[Any] = []  # of this process
         self._rows = np.array_split(np.arange(num_envs), min(num_workers, num_envs))
         self._children = [Child() for _ in self._rows] if len(self._rows) > 1 else []
-        self.call(make, [make_env] * num_envs)
+        try:
+            self.call(make, [make_env] * num_envs)
+        except BaseException:
+            self.close()
+            raise
 
     def call(self, function: Callable[..., Any], arguments: Sequence[Any]) -> list[Any]:
         """Calls `make`, `reset`, `step` or `render` with argument i for environment i. Returns the values."""

@@ -64,7 +64,8 @@ class OneLineParser(argparse.ArgumentParser):
         if flag.choices is not None:
             return value in flag.choices
         try:
-            return not isinstance(value, bool) and flag.type(value) == value
+            taken = flag.type(value)
+            return not isinstance(value, bool) and isinstance(value, type(taken) | int) and taken == value
         except (argparse.ArgumentTypeError, TypeError, ValueError, OverflowError):  # of an infinite number
             return False
 
@@ -123,6 +124,8 @@ def user_path(text: str) -> str:
     if "://" in text:
         raise argparse.ArgumentTypeError(f"{text} is a URL: name a file or a folder of this machine")
     path = os.path.expanduser(text)  # noqa: PTH111  # which leaves `./log` as it is
+    if path.startswith("~"):
+        raise argparse.ArgumentTypeError(f"no such user: {text.partition('/')[0]}; a folder of that name is ./{text}")
     if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in path):  # Cs: bytes that are not UTF-8
         raise argparse.ArgumentTypeError(f"{path} has characters that cannot be shown: choose another name")
     try:

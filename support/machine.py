@@ -68,7 +68,7 @@ def try_out(env: Any, args: argparse.Namespace) -> None:
     dtype, actions = env.observation_space.dtype, env.action_space
     if len(shape) not in (1, 3) or (len(shape) == 3 and dtype != np.uint8):
         raise UserError(f"observations must be states (D,) or uint8 pixels (C, H, W), not {dtype} of shape {shape}")
-    if len(shape) == 3 and shape[2] < min(shape[:2]):
+    if len(shape) == 3 and shape[2] < min(shape[:2]) and (shape[2] % 3 == 0 or shape[2] in (1, 4)):
         raise UserError(f"observations of shape {shape} look like (H, W, C): put channels first, (C, H, W)")
     box = len(actions.shape or ()) == 1 and hasattr(actions, "low")
     if not box or (actions.low != -1).any() or (actions.high != 1).any():

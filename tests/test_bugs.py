@@ -27,9 +27,9 @@ DISK, FILE, PIPE = OSError(5, "Input/output error"), FileNotFoundError(2, "No su
 RUNTIME = RuntimeError("allocate() takes 1 argument")
 
 
-def failing(function, calls, error):
-    """The function, which raises an error after so many calls."""
-    count = itertools.count()
+def failing(function, calls, error, count=None):
+    """The function, which raises an error after so many calls; `count` is shared with others."""
+    count = count or itertools.count()
 
     def call(*args, **kwargs):
         if next(count) >= calls:
@@ -39,14 +39,14 @@ def failing(function, calls, error):
     return call
 
 
-def failing_env(kind, method, calls, error):
-    """In place of `train.make_env`: the first one made is for training, the others are for evaluation."""
-    made = itertools.count()
+def failing_env(kind, method, calls, error, training=2):
+    """In place of `train.make_env`: the first ones made are for a trial and for training, the others for evaluation."""
+    made, count = itertools.count(), itertools.count()
 
     def make_env(args, seed):
         env = own_env.make_env(args, seed)
-        if (kind == "training") == (next(made) == 0):
-            setattr(env, method, failing(getattr(env, method, None), calls, error))
+        if (kind == "training") == (next(made) < training):
+            setattr(env, method, failing(getattr(env, method, None), calls, error, kind == "training" and count))
             if method == "make":
                 env.make()
         return env
@@ -113,7 +113,7 @@ def test_a_bug(tmp_path, monkeypatch, capfd, ended, where, method, calls, error,
 
 @pytest.mark.parametrize("method", ["reset", "step", "render", "picture"])
 def test_a_bug_in_evaluate(tmp_path, monkeypatch, ended, method):
-    monkeypatch.setattr(train, "make_env", failing_env("evaluation", method, 0, DISK))
+    monkeypatch.setattr(train, "make_env", failing_env("evaluation", method, 0, DISK, training=1))
     if method == "picture":
         monkeypatch.setattr(evaluate, "picture", failing(evaluate.picture, 0, DISK))
     command = [str(ended[40]), *"--device cpu --eval_workers 1 --episodes 1 --video".split(), str(tmp_path / "a.mp4")]

@@ -138,6 +138,7 @@ def test_choice_of_models(tmp_path):
     model = tmp_path / "model"
     model.mkdir()
     names = ["critic_x.pt", "actor_99.pt.tmp", "actor_30.pt", "critic_30.pt", "actor_40.pt", "other_60.pt"]
+    names += ["best_actor_9.pt"]  # a copy that somebody has made
     for name in names + [f"{name}_{step}.pt" for step in (9, 10) for name in ("actor", "critic", "decoder", "more")]:
         (model / name).touch()
     for folder in (tmp_path, model):
@@ -145,6 +146,14 @@ def test_choice_of_models(tmp_path):
         assert evaluate.find_models(folder, 9) == (model, 9)
         with pytest.raises(UserError, match=r"model holds no models of step 30; close ones: 9, 10$"):
             evaluate.find_models(folder, 30)
+
+
+def test_a_run_may_be_in_a_folder_named_model(run):
+    """Its args.json counts, not one in the folder above."""
+    moved = run.rename(run.parent / "model")
+    (run.parent / "args.json").write_text("{}")
+    assert evaluate.args_file(moved) == moved / "args.json"
+    assert evaluate.args_file(moved / "model") == moved / "args.json"
 
 
 def test_a_checkpoint_serves_where_no_models_were_saved(run, capsys):

@@ -224,6 +224,12 @@ def test_links_are_followed_and_each_run_counts_once(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_runs_that_were_replaced_count_only_if_they_are_named(tmp_path):
+    new, old = make_run(tmp_path / "a", [0, 1]), make_run(tmp_path / "a.20260101-235959", [0, 2])
+    assert sorted(plot.read_runs([tmp_path])["return"]) == [0, 1]
+    assert sorted(plot.read_runs([new, old])["return"]) == [0, 0, 1, 2]
+
+
 def test_folders_without_runs(tmp_path, capsys):
     run = make_run(tmp_path / "run", [0, 1])
     (tmp_path / "empty").mkdir()

@@ -75,6 +75,7 @@ REFUSED = [
     ("--critic_lr inf", "--critic_lr: must be at most 1.79"),
     ("--actor_lr 0", "--actor_lr: must be above 0"),
     ("--alpha_beta 1", "--alpha_beta: must be at most 0.99"),
+    ("--work_dir ~nobody_has_this_name/x", "no such user: ~nobody_has_this_name"),
     ("--seed 4294967296", "--seed: must be at most 4294967295"),
     ("--action_repeat 1001", "--action_repeat: must be at most 1000, got 1001"),
     ("--actor_log_std_min 3", "actor_log_std_min must be below"),

@@ -169,7 +169,7 @@ def test_prefetching_works_ahead():
     ({"next_obs": np.zeros((9, 3, 3), np.uint8)}, "observations must have shape"),
     ({"action": np.zeros(3)}, "actions must have shape"),
     ({"reward": "much"}, "could not convert"),
-    ({"next_obs": np.ones((9, 2, 2), np.uint8)}, "next_obs does not continue obs"),
+    ({"next_obs": np.ones((9, 2, 2), np.uint8)}, "does not continue the one before"),
     ({"obs": np.ones((9, 2, 2), np.uint8), "first": False}, "say first=True where an episode begins"),
 ])  # fmt: skip
 def test_a_refused_transition_leaves_no_trace(place, change, words):

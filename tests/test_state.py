@@ -107,10 +107,19 @@ def retrained(agent, *parameters):
 
 
 OTHERS = {  # what makes another agent of `Bigger`, and what is said if it takes the state of `Bigger`
-    "fewer optimisers": (lambda agent: delattr(agent, "heads_optimizer"), "other parameters: heads_optimizer"),
-    "more optimisers": (lambda agent: setattr(agent, "more", agent.adam([agent.scale], 1)), "other parameters: more"),
-    "fewer parameters": (lambda agent: retrained(agent, agent.scale), "other parameters: heads_optimizer"),
-    "more parameters": (lambda agent: retrained(agent, *agent.parameters()), "other parameters: heads_optimizer"),
+    "fewer optimisers": (
+        lambda agent: delattr(agent, "heads_optimizer"),
+        "or optimisers: heads_optimizer",
+    ),
+    "more optimisers": (
+        lambda agent: setattr(agent, "more", agent.adam([agent.scale], 1)),
+        "or optimisers: more",
+    ),
+    "fewer parameters": (lambda agent: retrained(agent, agent.scale), "or optimisers: heads_optimizer"),
+    "more parameters": (
+        lambda agent: retrained(agent, *agent.parameters()),
+        "or optimisers: heads_optimizer",
+    ),
 }
 
 

@@ -109,7 +109,7 @@ def test_a_simulation_that_diverges_ends_an_episode_not_the_run(tmp_path, capsys
 
     def diverge(env, action):
         steps.append(env)
-        if sum(each is env for each in steps) == 8:  # of each environment; training's makes three on trial
+        if sum(each is env for each in steps) == 8:  # of each environment
             env.physics.data.qvel[:] = 1e12
         return step(env, action)
 
@@ -119,11 +119,11 @@ def test_a_simulation_that_diverges_ends_an_episode_not_the_run(tmp_path, capsys
     assert [line.split(", which")[0] for line in capsys.readouterr().err.splitlines()] == [
         "warning: the simulation diverged at step 0, evaluation episode 0, decision 8",
         "warning: the simulation diverged at step 0, evaluation episode 1, decision 8",
-        "warning: the simulation diverged at step 5",
+        "warning: the simulation diverged at step 8",
     ]
     episodes, evaluations = read_log(tmp_path / "train.log"), read_log(tmp_path / "eval.log")
     assert [record.get("physics_errors") for record in evaluations] == [2, None]
-    assert [(record["step"], record.get("physics_errors")) for record in episodes] == [(5, 1), (130, None), (255, None)]
+    assert [(record["step"], record.get("physics_errors")) for record in episodes] == [(8, 1), (133, None), (258, None)]
     assert all(math.isfinite(value) for record in episodes for value in record.values())
 
 
