@@ -69,7 +69,13 @@ def make_parser() -> OneLineParser:
     add("resume", bool, False, "continue the run in work_dir, or start one there", resume="command")
     add("overwrite", bool, False, "move the run in work_dir to WORK_DIR.TIME, and start a new one", resume="command")
     add("checkpoint_minutes", NonNegative, 10, "minutes between checkpoints, at ends of episodes", resume="free")
-    add("checkpoint_freq", Count | None, None, "also a checkpoint every so many decisions", resume="free")
+    add(
+        "checkpoint_freq",
+        Count | None,
+        None,
+        "also a checkpoint every so many decisions, at episode ends",
+        resume="free",
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("device", str, device, "device of the networks", resume="machine")
     text = "device of the frames: auto is the GPU if they fit, else host memory"
