@@ -8,13 +8,12 @@ import json
 import os
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from errors import UserError
 
@@ -98,27 +97,14 @@ def read_tensors(path: Path, crc32: int, device: torch.device | str = "cpu") -> 
         return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
 
 
-def read_weights(path: Path, like: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Reads saved weights, onto the device. Executes nothing that the file contains.
+@contextmanager
+def loading(path: Path, device: torch.device) -> Iterator[Any]:
+    """What `torch.save` wrote, on the device. Executes nothing that the file contains.
 
-    Raises UserError, which names the file, if it has not the names and shapes of `like`.
+    Raises UserError, which names the file, if it cannot be read, or if the block, which loads it, fails.
     """
     with reading(path), warnings.catch_warnings(action="ignore"):  # about files that are refused anyway
-        state = torch.load(path, map_location=device, weights_only=True)
-        theirs, mine = _shapes(state), _shapes(like)
-        for name in mine | theirs:
-            if theirs.get(name) != mine.get(name):
-                has, needed = theirs.get(name, "is missing"), mine.get(name, "has no such tensor")
-                raise ValueError(f"{'/'.join(name) or 'it':.100} {has}, this network {needed}")
-        return state
-
-
-def _shapes(state: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], str]:
-    """Shapes of all tensors in dictionaries, in words, by their keys."""
-    if isinstance(state, Mapping):
-        return {at: shape for key in state for at, shape in _shapes(state[key], (*path, str(key))).items()}
-    plain = isinstance(state, Tensor) and state.is_floating_point() and state.layout == torch.strided
-    return {path: f"has shape {tuple(state.shape)}" if plain else "is not a tensor of floating-point numbers"}
+        yield torch.load(path, map_location=device, weights_only=True)
 
 
 def read_json(path: Path) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import Iterable, Sequence
-from itertools import takewhile
+from itertools import starmap, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,11 +40,15 @@ class Batch(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """A file of transitions and their frames; `end` is the number after its last transition."""
+    """A file `START_END.pt`, perhaps with zeros before: the transitions of these numbers, without END, and frames."""
 
     name: str
     crc32: int
     end: int
+
+    def start(self) -> int:
+        """Number of the first transition."""
+        return int(self.name.partition("_")[0])
 
 
 class ReplayBuffer:
@@ -97,7 +101,8 @@ class ReplayBuffer:
         self.draws = 0  # batches drawn
         self.id = uuid.uuid4().hex  # tells this replay's files from those of another
         self._last = b""  # the newest next_obs
-        self._chunks: dict[str, list[Chunk]] = {}  # that are saved, by folder
+        self._loaded = 0  # transitions that were loaded: a folder that has them has the same
+        self._written: set[Chunk] = set()  # by this object
 
     def __len__(self) -> int:
         """Transitions that can be drawn."""
@@ -199,50 +204,51 @@ class ReplayBuffer:
 
         Raises UserError if the folder holds anything but a save of this replay, or if a file cannot be written.
         """
-        folder = Path(save_dir)
-        path, here = folder / INDEX, str(folder.resolve())
+        folder, path = Path(save_dir), Path(save_dir) / INDEX
         if not self.transitions_added:
             return
         if not path.exists() and not any(folder.glob("[!.]*")):
             # If the first save is killed, this tells whose files are there.
-            empty = {"id": self.id, "shapes": self._shapes, "chunks": [], "saved": {}}
-            write_index(path, dict.fromkeys(COUNTERS, 0) | empty)
-        index = read_index(path) if path.exists() else {}
-        if index.get("id") != self.id:
+            write_index(path, {"id": self.id, "shapes": self._shapes, "chunks": []} | dict.fromkeys(COUNTERS, 0))
+        before = read_index(path) if path.exists() else {}
+        if before.get("id") != self.id:
             raise UserError(f"{folder} belongs to another replay: save to an empty folder")
-        listed, known = [Chunk(*chunk) for chunk in index["chunks"]], self._chunks.get(here, [])
-        names = {chunk.name for chunk in listed}
-        # What is left of saves that failed.
-        remove(folder / chunk.name for chunk in known if chunk.name not in names)
-        remove(folder.glob(unfinished(Path(CHUNKS)).name))
-        # A killed run or a copy of this replay may have saved other transitions there.
-        needed = [chunk for chunk in known if chunk.end > self.oldest]
-        self._chunks[here] = list(takewhile(listed.__contains__, needed))
-        index = self.save_chunks(folder)
-        write_index(path, index)
-        remove(folder / name for name in names.difference(chunk.name for chunk in index["chunks"]))
+        there = {*folder.glob(CHUNKS)}
+        try:
+            index = self.save_chunks(folder, before["chunks"])
+            write_index(path, index)
+        except UserError:
+            remove({*folder.glob(CHUNKS)} - there)
+            raise
+        names, old_names = ({chunk[0] for chunk in each["chunks"]} for each in (index, before))
+        remove([*folder.glob(unfinished(Path(CHUNKS)).name), *(folder / name for name in old_names - names)])
 
-    def save_chunks(self, folder: Path) -> dict[str, Any]:
+    def save_chunks(self, folder: Path, saved: Iterable[Sequence[Any]]) -> dict[str, Any]:
         """Writes what the folder lacks, and replaces no file. Returns the index for `load_chunks`, as JSON can hold it.
 
-        `index["chunks"]` are the files (name, crc32, end) that belong to it.
+        `saved` are the chunks of the folder's index before, and `index["chunks"]` those of the new one.
         """
-        here = str(folder.resolve())
-        chunks = self._chunks[here] = [chunk for chunk in self._chunks.get(here, []) if chunk.end > self.oldest]
+        # A killed run or a copy of this replay may have gone on otherwise, and saved that there.
+        alike = takewhile(lambda chunk: chunk.end <= self._loaded or chunk in self._written, starmap(Chunk, saved))
+        chunks = [chunk for chunk in alike if chunk.end > self.oldest]
+        if chunks and chunks[0].start() > self.oldest:
+            chunks = []
         for start in range(chunks[-1].end if chunks else self.oldest, self.transitions_added, MAX_CHUNK):
-            end = min(start + MAX_CHUNK, self.transitions_added)
-            rows = np.arange(start, end) % self.capacity
-            content = {field: torch.from_numpy(getattr(self, field)[rows]) for field in FIELDS}
-            slots = self._slots(int(self.newest[rows[0]]) - self.num_stacked, int(self.newest[rows[-1]]) + 1)
-            content["frames"] = self.frames.index_select(0, slots).cpu()
-            name = f"{start}_{end}.pt"
-            while (folder / name).exists():  # the save before may need it
-                name = f"0{name}"
-            chunks.append(Chunk(name, write_tensors(folder / name, content), end))
-        # A resumed run goes on saving to all of its folders.
-        saved = {at: list(others) for at, others in self._chunks.items() if at != here}
-        index = {"id": self.id, "shapes": self._shapes, "chunks": list(chunks), "saved": saved}
-        return {name: getattr(self, name) for name in COUNTERS} | index
+            chunks.append(self._write_chunk(folder, start, min(start + MAX_CHUNK, self.transitions_added)))
+        self._written.update(chunks)
+        counters = {name: getattr(self, name) for name in COUNTERS}
+        return {"id": self.id, "shapes": self._shapes, "chunks": chunks} | counters
+
+    def _write_chunk(self, folder: Path, start: int, end: int) -> Chunk:
+        """Writes the transitions from number `start` to `end`, without `end` itself, and their frames."""
+        rows = np.arange(start, end) % self.capacity
+        content = {field: torch.from_numpy(getattr(self, field)[rows]) for field in FIELDS}
+        slots = self._slots(int(self.newest[rows[0]]) - self.num_stacked, int(self.newest[rows[-1]]) + 1)
+        content["frames"] = self.frames.index_select(0, slots).cpu()
+        name = f"{start}_{end}.pt"
+        while (folder / name).exists():  # the save before may need it
+            name = f"0{name}"
+        return Chunk(name, write_tensors(folder / name, content), end)
 
     def load(self, save_dir: str | Path) -> None:
         """Restores what `save` wrote: contents, position, number of draws, and where the next `save` begins.
@@ -263,8 +269,7 @@ class ReplayBuffer:
             raise UserError(f"{folder} holds a replay of shapes {index['shapes']}, not {self._shapes}")
         if stored > self.capacity:
             raise UserError(f"{folder} holds {stored} transitions, more than the replay's capacity, {self.capacity}")
-        chunks = [Chunk(*chunk) for chunk in index["chunks"]]
-        for name, crc32, end in chunks:
+        for name, crc32, end in index["chunks"]:
             content = read_tensors(folder / name, crc32)
             # The rings may be shorter than the chunk: its end is what counts.
             rows = np.arange(end - len(content["rewards"]), end)[-self.capacity :] % self.capacity
@@ -279,8 +284,7 @@ class ReplayBuffer:
         if len(self):
             newest_stack = self._slots(self.frames_added - self.num_stacked, self.frames_added)
             self._last = self.frames.index_select(0, newest_stack).cpu().numpy().tobytes()
-        self._chunks = {at: [Chunk(*chunk) for chunk in saved] for at, saved in index["saved"].items()}
-        self._chunks[str(folder.resolve())] = chunks
+        self._loaded = self.transitions_added
 
     def _slots(self, start: int, end: int) -> Tensor:
         """Places in the ring of the frames of these numbers."""

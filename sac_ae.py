@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from decoder import make_decoder
 from encoder import make_encoder
 from errors import UserError
-from files import read_weights, write_tensors
+from files import loading, write_tensors
 from replay_buffer import Batch, send
 from utils import preprocess_obs, soft_update_params
 
@@ -531,34 +531,29 @@ class SacAeAgent(nn.Module):
         trained = set(parameters_of(optimizer))
         return {name: parameter for name, parameter in self.named_parameters() if parameter in trained}
 
-    def saved_states(self) -> dict[str, dict[str, Any]]:
-        """What `save` writes, by the NAMEs of its files: the authors', and `target`."""
-        states: dict[str, dict[str, Any]] = {name: network.state_dict() for name, network in self.networks.items()}
-        target = {"critic_target": states.pop("critic_target"), "log_alpha": self.log_alpha.detach()}
-        return states | {"target": target}
-
     def save(self, model_dir: str | Path, step: int) -> None:
         """Writes `NAME_STEP.pt` for each network and, as `target`, the target critic with log alpha."""
-        for name, state in self.saved_states().items():
+        states: dict[str, dict[str, Any]] = {name: network.state_dict() for name, network in self.networks.items()}
+        states["target"] = {"critic_target": states.pop("critic_target"), "log_alpha": self.log_alpha.detach()}
+        for name, state in states.items():
             write_tensors(Path(model_dir) / f"{name}_{step}.pt", state)
 
-    @torch.no_grad()
     def load(self, model_dir: str | Path, step: int) -> None:
         """Loads what `save` or the authors' script wrote; without `target_STEP.pt` the target is the critic's copy.
 
         Executes nothing that a file contains. Raises UserError, which leaves the agent unchanged and names the file,
         if one is missing, damaged, foreign, or of another network.
         """
-        mine = self.saved_states()
-        paths = {name: Path(model_dir) / f"{name}_{step}.pt" for name in mine}
-        if not os.path.lexists(paths["target"]):
-            del paths["target"]
-        states = {name: read_weights(path, mine[name], self.device) for name, path in paths.items()}
-        target = states.pop("target", {"critic_target": states["critic"]})
-        for name, state in states.items():
-            self.networks[name].load_state_dict(state)
-        self.critic_target.load_state_dict(target["critic_target"])
-        self.log_alpha.copy_(target.get("log_alpha", self.log_alpha))
+        for agent in (copy.deepcopy(self), self):  # the copy finds out what is wrong
+            for name, network in agent.networks.items():
+                if name != "critic_target":
+                    with loading(Path(model_dir) / f"{name}_{step}.pt", self.device) as state:
+                        network.load_state_dict(state)
+            agent.critic_target.load_state_dict(agent.critic.state_dict())
+            if os.path.lexists(target := Path(model_dir) / f"target_{step}.pt"):
+                with loading(target, self.device) as state, torch.no_grad():
+                    agent.critic_target.load_state_dict(state["critic_target"])
+                    agent.log_alpha.copy_(state["log_alpha"])
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:

@@ -215,6 +215,7 @@ class Run:
         self.folder = self.path / "checkpoint"
         self.progress, self.stop = Progress(), Stop()
         self._saved = (time.monotonic(), 0)  # when the last checkpoint was written or read, and its step
+        self._chunks: Sequence[Sequence[Any]] = []  # of the replay, in the last checkpoint
 
     def open(self, saved: dict[str, Any] | None, lock: Lock, make_logger: Callable[..., Any]) -> list[str]:
         """Starts a new run if `saved` is None, else restores the checkpoint of this index. Returns lines to print.
@@ -231,8 +232,9 @@ class Run:
             self._restore(saved)
             self.logger = make_logger(state=saved["logger"])  # cuts lines that were written after the checkpoint
             # The next start finds changed flags, even if this one is killed.
-            self._write_index(saved | {"args": vars(self.args), "progress": vars(self.progress)})
-            lines = self._describe_changes(saved["args"])
+            now = {"args": vars(self.args), "progress": vars(self.progress), "threads": torch.get_num_threads()}
+            self._write_index(saved | now)
+            lines = self._describe_changes(saved)
         write_json(self.path / "args.json", dict(sorted(vars(self.args).items())))
         start = report.provenance(self.agent.device) | {"step": self.progress.step}
         with writing(self.path / "starts.log"), (self.path / "starts.log").open("a") as file:
@@ -271,14 +273,19 @@ class Run:
         if saved["args"]["eval_freq"] != self.args.eval_freq and not progress.evaluation_due():
             progress.plan_evaluation(self.args.eval_freq)
 
-    def _describe_changes(self, then: dict[str, Any]) -> list[str]:
-        """Which flags have changed, and where the run continues."""
-        names = sorted(then.keys() & vars(self.args).keys() - {"work_dir", "resume", "overwrite"})
-        pairs = {name: (then[name], getattr(self.args, name)) for name in names}
-        changed = [f"note: --{name} was {old} and is now {new}" for name, (old, new) in pairs.items() if old != new]
-        step = self.progress.step
-        end = f"the run has ended at step {step}: more --num_train_steps would take it further"
-        return [*changed, end if self.progress.ended(self.args.num_train_steps) else f"resuming at step {step}"]
+    def _describe_changes(self, saved: dict[str, Any]) -> list[str]:
+        """What has changed since the checkpoint, and where the run continues."""
+        then, now, step = saved["args"], vars(self.args), self.progress.step
+        names = sorted(then.keys() & now.keys() - {"work_dir", "resume", "overwrite"})
+        lines = [f"note: --{name} was {then[name]} and is now {now[name]}" for name in names if then[name] != now[name]]
+        before, threads = saved.get("threads"), torch.get_num_threads()
+        if before not in (None, threads):
+            lines.append(
+                f"note: PyTorch had {before} threads and now has {threads} (OMP_NUM_THREADS): sums are rounded "
+                "differently, so the run will differ from one that never stopped"
+            )
+        ended = f"the run has ended at step {step}: more --num_train_steps would take it further"
+        return [*lines, ended if self.progress.ended(self.args.num_train_steps) else f"resuming at step {step}"]
 
     def begin_episode(self) -> None:
         """Sets `obs` to an episode's first observation, or to that of an interrupted one, whose actions are repeated.
@@ -294,8 +301,9 @@ class Run:
                 break
         if progress.obs_crc not in (None, zlib.crc32(self.obs.tobytes())):
             report.say(
-                "warning: the environment does not repeat its episodes under the same seed: the one under way begins "
-                "anew, and the run will differ from one that never stopped"
+                "warning: the episode under way begins anew, and the run will differ from one that never stopped: the "
+                "environment does not repeat its episodes under the same seed, or this processor or renderer rounds "
+                "differently from the one before"
             )
             progress.actions, progress.action, progress.episode_return, progress.seconds = [], None, 0.0, 0.0
             self.obs, _ = self.env.reset(seed=seed)
@@ -324,21 +332,18 @@ class Run:
         random = {"cpu": torch.get_rng_state()}
         if device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(device)
-        replay, state = self.replay.save_chunks(self.folder), f"state_{time.time_ns()}.pt"
+        replay, state = self.replay.save_chunks(self.folder, self._chunks), f"state_{time.time_ns()}.pt"
         crc32 = write_tensors(self.folder / state, {"agent": self.agent.state_dict(), "random": random})
-        content = {
-            "version": VERSION,
-            "args": vars(self.args),
-            "progress": vars(progress),
-            "logger": self.logger.state(),
-        }
-        self._write_index(content | {"replay": replay, "state": (state, crc32)})
+        run = {"args": vars(self.args), "progress": vars(progress), "threads": torch.get_num_threads()}
+        files = {"logger": self.logger.state(), "replay": replay, "state": (state, crc32)}
+        self._write_index({"version": VERSION} | run | files)
         self._saved = (time.monotonic(), progress.step)
 
     def _write_index(self, content: dict[str, Any]) -> None:
         """Makes a checkpoint the run's, and removes the files of others, also of those that failed."""
         write_index(self.folder / INDEX, content)
-        keep = {content["state"][0], *(chunk[0] for chunk in content["replay"]["chunks"])}
+        self._chunks = content["replay"]["chunks"]
+        keep = {content["state"][0], *(chunk[0] for chunk in self._chunks)}
         with writing(self.folder):
             for path in self.folder.iterdir():
                 if path.name not in keep and FILES.fullmatch(path.name) and not path.is_dir():

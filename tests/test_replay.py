@@ -312,7 +312,7 @@ def test_a_save_that_is_killed(tmp_path, monkeypatch, case):
             buffered = filled(15)[1]
         if case == "later save":
             fill(Episodes(1).play(20), replay, naive)  # the first chunk is no longer needed
-        index = json.loads(json.dumps(replay.save_chunks(checkpoint)))
+        index = json.loads(json.dumps(replay.save_chunks(checkpoint, [])))
         if case == "save after the checkpoint":
             fill(Episodes(2).play(24), replay, buffered)  # the first chunk is deleted
             replay.save(buffer)

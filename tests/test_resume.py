@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import toy
 from folders import assert_gone, checkpoint_of, contents, litter, outcome, step_of
 from forked import Forked, fail_at, slow_disk
@@ -307,6 +308,21 @@ def test_changed_flags_outlive_a_kill(log, monkeypatch, capsys):
     starts = read_log(log / "starts.log")
     assert [record["step"] for record in starts] == [0, 55, 55]
     assert all({"time", "command", "commit", "machine", "gpu", "python", "torch"} <= set(each) for each in starts)
+
+
+def test_another_number_of_threads_is_told(log, capsys):
+    """Sums are then rounded differently."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert run(log, "--resume", "--num_train_steps", "60") == 0
+        assert f"note: PyTorch had {threads} threads and now has {threads + 1} " in capsys.readouterr().out
+    finally:
+        torch.set_num_threads(threads)
+    assert run(log, "--resume", "--num_train_steps", "65") == 0
+    assert f"note: PyTorch had {threads + 1} threads and now has {threads} " in capsys.readouterr().out
+    assert run(log, "--resume", "--num_train_steps", "65") == 0
+    assert "threads" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("flags", "words"), [
