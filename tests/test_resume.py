@@ -278,6 +278,19 @@ def test_more_steps_go_on_where_the_run_ended(tmp_path, uninterrupted, capsys, s
     assert f"note: --num_train_steps was {steps} and is now 85" in capsys.readouterr().out
 
 
+def test_a_run_of_short_episodes_can_end_earlier(tmp_path, monkeypatch):
+    """Its replay then has less room for the frames that begin episodes."""
+
+    def fail():
+        raise UserError("a failing disk")
+
+    with monkeypatch.context() as patch:
+        fail_at(4, ["begin_episode"], train.Run, fail, patch.setattr)
+        assert run(tmp_path, *PIXELS, *FOREVER) == 1
+    assert run(tmp_path, *PIXELS, "--resume", "--num_train_steps", "61") == 0
+    assert step_of(tmp_path) == 61
+
+
 def test_changed_flags_outlive_a_kill(log, monkeypatch, capsys):
     """Those that may change are noted; those that are not given stay the run's."""
     flags = ["--resume", "--eval_workers", "1", "--work_dir", str(log)]
