@@ -35,7 +35,6 @@ def both(kind, steps=STEPS, report=pytest.fail, **settings):
     [
         # Whether the actor is due goes with the decoder, both every second step; the target every third.
         ("pixel", {"critic_target_update_freq": 3, "decoder_update_freq": 2}, 4),
-        ("pixel", {}, 2),
         ("state", {}, 2),
     ],
 )
@@ -68,16 +67,14 @@ class Fetching(SacAeAgent):
         return loss * (1 if loss.item() > -1 else 2)
 
 
-@pytest.mark.parametrize("compile_", [False, True])
-def test_goes_on_without_if_an_update_cannot_be_captured(recorded, compiled, compile_):
+def test_goes_on_without_if_an_update_cannot_be_captured(recorded):
     """One line says why; gradients are those of the last update again."""
     lines = []
-    results = both("state", [0, 1] * 3, lines.append, cls=Fetching, compile=compile_)
+    results = both("state", [0, 1] * 3, lines.append, cls=Fetching)
     assert_equal(*results)
     gradients = [[parameter.grad for parameter in agent.critic.parameters()] for _, agent in results]
-    assert all(torch.equal(mine, other) for mine, other in zip(*gradients, strict=True))
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
     assert lines == ["continuing without CUDA graphs: operation not permitted when stream is capturing"]
-    assert bool(compiled) == compile_
 
 
 def test_graphs_are_given_back_if_a_later_capture_fails(recorded, monkeypatch):
@@ -97,12 +94,6 @@ def test_graphs_are_given_back_if_a_later_capture_fails(recorded, monkeypatch):
         assert len(captured) == left
     assert SecondFails.made == 2
     assert lines == ["continuing without CUDA graphs: out of memory"]
-
-
-def test_programming_errors_are_not_hidden(recorded):
-    agent = make_agent("state", graphs=True)
-    with pytest.raises(ValueError, match="empty replay"):
-        agent.update(make_replay("state", count=0), Recorder(), 0)
 
 
 FAILING_CAPTURE = """
