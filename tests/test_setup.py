@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import venv
@@ -11,6 +12,9 @@ from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
+
+import train
+from replay_buffer import replay_bytes
 
 ROOT = Path(__file__).parent.parent
 
@@ -103,12 +107,16 @@ def test_missing_packages_of_the_system(tmp_path, root, answer, asked, help_):
     assert ("please type: sudo apt-get install python3.12-venv" in result.stderr) == help_
 
 
-def test_a_python_that_make_is_given_is_checked_each_time():
+def test_make_train():
+    """A Python that is named is checked each time; the replay fits a machine of 8 GB."""
     # Not as a make below the one that runs the tests, which would say which folder it enters.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     command = ["make", "-n", "PYTHON=some-python", "train"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert result.stdout.splitlines()[0] == "./setup.sh .venv requirements.txt some-python"
+    first, *_, last = result.stdout.splitlines()
+    assert first == "./setup.sh .venv requirements.txt some-python"
+    args = train.make_parser().parse_args(shlex.split(last.partition("train.py")[2]))
+    assert replay_bytes((9, 84, 84), (6,), args.num_train_steps, 3) < 6e9
 
 
 def test_every_package_is_pinned_once_and_dm_controls_needs_are_among_them():
