@@ -45,11 +45,6 @@ class FakeGpu(FakeTensorMode):
     def __deepcopy__(self, memo: Any) -> FakeGpu:
         return self  # a fake tensor's copy is of the same mode
 
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """What torch.compile has made runs compiled, and this sees the operations of that."""
-        return True
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operation."""
         kwargs, op, inputs = kwargs or {}, func.overloadpacket, tensors_in(args, kwargs)
