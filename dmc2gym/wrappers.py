@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import logging
@@ -18,7 +19,7 @@ from gym.wrappers import TimeLimit
 from dmc2gym.rendering import renderer_error, start_renderer
 from errors import UserError
 
-with suppress(ModuleNotFoundError):  # `_suite` says what to install
+with contextlib.suppress(ModuleNotFoundError):  # `_suite` says what to install
     from dm_control.rl.control import PhysicsError
 
 _UNLIMITED = 1e10  # dm_control's limit of an actuator that has none (mjMAXVAL)
