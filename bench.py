@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from gym.wrappers import TimeLimit
 
+import dmc2gym
 import train
 from sac_ae import SacAeAgent, set_precision
 from support import cuda_graph, report
@@ -210,6 +211,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--kind", choices=list(OBS), help="observations; None: both")
     add("--rounds", type=number(int, 1), default=1000 if ON_GPU else 100, help="of a table; it ends after 40 seconds")
     args = parser.parse_args(argv)
+    with report.one_line(parser.error):
+        dmc2gym.task_names()  # the suite is there
     with report.one_line(parser.fail):
         machine = report.provenance(DEVICE) | {"threads": torch.get_num_threads()}
         report.show(json.dumps(machine | {"instructions": torch.backends.cpu.get_cpu_capability()}))

@@ -80,7 +80,7 @@ class PixelEncoder(nn.Module):
     def copy_conv_weights_from(self, source: Any) -> None:
         """Shares the convolutions' parameters with `source`; linear layer and LayerNorm are not shared."""
         for src, trg in zip(source.convs, self.convs, strict=True):
-            tie_weights(src, trg)
+            trg.weight, trg.bias = src.weight, src.bias
 
 
 class IdentityEncoder(nn.Module):
@@ -100,13 +100,6 @@ class IdentityEncoder(nn.Module):
 
     def copy_conv_weights_from(self, source: Any) -> None:
         """There are no convolutions to share."""
-
-
-def tie_weights(src: nn.Module, trg: nn.Module) -> None:
-    """Makes weight and bias of `trg` the same parameter objects as those of `src`."""
-    if type(src) is not type(trg):
-        raise TypeError(f"cannot tie a {type(trg).__name__} to a {type(src).__name__}")
-    trg.weight, trg.bias = src.weight, src.bias
 
 
 def make_encoder(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import logging
@@ -13,11 +14,13 @@ from typing import Any
 
 import gym
 import numpy as np
-from dm_control.rl.control import PhysicsError
 from gym.wrappers import TimeLimit
 
 from dmc2gym.rendering import renderer_error, start_renderer
 from errors import UserError
+
+with contextlib.suppress(ModuleNotFoundError):  # `_suite` says what to install
+    from dm_control.rl.control import PhysicsError
 
 _UNLIMITED = 1e10  # dm_control's limit of an actuator that has none (mjMAXVAL)
 
@@ -61,6 +64,9 @@ def _suite() -> Any:
     warnings.filterwarnings("ignore", module="glfw")  # about a missing display, which matters only if GLFW is chosen
     try:
         from dm_control import suite
+    except ModuleNotFoundError as error:
+        install = "pip install -r requirements.txt; pip install --no-deps -r requirements-suite.txt"
+        raise UserError(f"the Control Suite is not installed ({error}); type: {install}") from error
     except Exception as error:  # each renderer that cannot load raises its own kinds
         raise renderer_error(error) from error
     return suite

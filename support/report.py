@@ -104,7 +104,10 @@ def provenance(device: torch.device) -> dict[str, str]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
     }
-    return start | {name: importlib.metadata.version(name) for name in ("numpy", "dm_control", "mujoco", "gym")}
+    for name in ("numpy", "dm_control", "mujoco", "gym"):
+        with suppress(importlib.metadata.PackageNotFoundError):  # an environment of one's own may do without
+            start[name] = importlib.metadata.version(name)
+    return start
 
 
 @contextmanager

@@ -6,12 +6,6 @@ what allocator, libraries and driver do, it does not show.
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
-import os
-import shlex
-import shutil
-import subprocess
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,9 +19,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._mode_utils import no_dispatch
 from watch import Watch, tensors_in
-
-from errors import UserError
-from files import writing
 
 aten = torch.ops.aten
 # What takes the place of PyTorch's own. A capture is watched; a replay does nothing.
@@ -53,11 +44,6 @@ class FakeGpu(FakeTensorMode):
 
     def __deepcopy__(self, memo: Any) -> FakeGpu:
         return self  # a fake tensor's copy is of the same mode
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """What torch.compile has made runs compiled, and this sees the operations of that."""
-        return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operation."""
@@ -105,10 +91,13 @@ def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: boo
 
 @contextmanager
 def fake_gpu() -> Iterator[None]:
-    """Makes tensors fake, those on "cuda" too. Raises UserError if there is neither a GPU nor a C++ compiler."""
+    """Makes tensors fake, those on "cuda" too. Raises InvalidCxxCompiler without GPU and C++ compiler."""
     with ExitStack() as stack:
         if not torch.cuda.is_available():
-            shim = _shim()
+            from torch._inductor.codecache import CppCodeCache  # only here: it is slow to import
+
+            # What PyTorch lacks without a GPU, compiled once on a machine.
+            shim = CppCodeCache.load(Path(__file__).with_suffix(".cpp").read_text(), needs_vec_isa=False)
             shim.exchange()
             stack.callback(shim.exchange)
         stack.enter_context(warnings.catch_warnings())
@@ -121,24 +110,3 @@ def fake_gpu() -> Iterator[None]:
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))  # the GPU has no thread
         stack.enter_context(FakeGpu())
         yield
-
-
-def _shim() -> ctypes.CDLL:
-    """What PyTorch lacks without a GPU: `fake_gpu.cpp`, compiled once on a machine."""
-    from torch.utils.cpp_extension import get_default_build_root  # only here: it is slow to import
-
-    source = Path(__file__).with_suffix(".cpp")
-    digest = hashlib.sha256(source.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
-    folder = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
-    library = Path(folder, f"fake_gpu_{digest}.so")
-    if not library.exists():
-        compiler = shlex.split(os.environ.get("CXX", "g++"))
-        if shutil.which(compiler[0]) is None:
-            raise UserError(f"a fake GPU takes a C++ compiler, and {compiler[0]} is not there: install g++")
-        torch_dir, temporary = Path(torch.__file__).parent, library.with_suffix(f".{os.getpid()}")
-        flags = ["-std=c++20", "-shared", "-fPIC", f"-I{torch_dir}/include", f"-L{torch_dir}/lib"]
-        with writing(library):
-            library.parent.mkdir(parents=True, exist_ok=True)
-            subprocess.run([*compiler, *flags, str(source), "-lc10", "-ltorch_cpu", "-o", str(temporary)], check=True)
-            temporary.replace(library)
-    return ctypes.CDLL(str(library))

@@ -113,14 +113,3 @@ def updates(agent, case, rs):
 def losses(metrics):
     """What of it the golden files hold, by their names."""
     return {"step": metrics["step"]} | {name: metrics[key] for name, key in LOSSES.items() if key in metrics}
-
-
-def statistics(tensor):
-    """What the golden files keep of a final parameter."""
-    flat = tensor.detach().cpu().double().numpy().reshape(-1)
-    return [flat.sum(), (flat**2).sum(), *flat[:3]]
-
-
-def expected_statistics(entry):
-    """The same of a golden file's entry."""
-    return [entry["sum"], entry["sum_of_squares"], *entry["first"]]

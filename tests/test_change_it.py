@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -31,18 +30,6 @@ TINY = (
     "--device cpu --eval_workers 1 --num_eval_episodes 2 --image_size 16"
 ).split()
 STATES = METHODS["sac_state"]
-# Several runs in one process, which imports PyTorch once: of the toy, of a script.
-RUN = "import json, sys, toy, train; train.make_env = toy.make_toy_env; "
-RUN += "sys.exit(max(map(train.main, json.loads(sys.argv[1]))))"
-RUN_SCRIPT = """
-import json, runpy, sys
-for flags in json.loads(sys.argv[1]):
-    sys.argv = ["my_train.py", *flags]
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as exit_:
-        assert exit_.code == 0
-"""
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "GIT_CEILING_DIRECTORIES": "/"}
 
 
@@ -57,7 +44,8 @@ def patched(folder, name):
 
 
 def loaded(monkeypatch, path):
-    """A module of a patched copy; what it imports is the project's."""
+    """A module of a patched copy; what it imports is the project's, and the copy's where that is new."""
+    monkeypatch.syspath_prepend(path.parent)
     spec = importlib.util.spec_from_file_location(f"patched_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
@@ -65,12 +53,8 @@ def loaded(monkeypatch, path):
     return module
 
 
-def run(folder, program, runs):
-    """What the program prints; each of the runs are flags."""
-    command = [sys.executable, "-c", program, json.dumps(runs)]
-    done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def run(program, *flags):
+    assert program.main([*TINY, *map(str, flags)]) == 0
 
 
 def log_of(work_dir):
@@ -100,13 +84,14 @@ def test_a_shift_moves_images_by_so_many_pixels(monkeypatch, tmp_path):
 
 def test_a_shift_is_off_by_default_and_resumes(monkeypatch, tmp_path):
     """Off, the patched project trains as this one does, bit for bit."""
-    whole, parts = ["--num_train_steps", "60", "--work_dir"], ["--num_train_steps", "40", "--work_dir"]
-    shift = [*TINY, "--random_shift", "2"]
-    runs = [[*TINY, *whole, str(tmp_path / "off")], [*shift, *whole, str(tmp_path / "whole")]]
-    runs += [[*shift, *parts, str(tmp_path / "parts")], [*TINY, "--resume", *whole, str(tmp_path / "parts")]]
-    run(patched(tmp_path / "project", "shift"), RUN, runs)
     monkeypatch.setattr(train, "make_env", toy.make_toy_env)
-    assert train.main([*TINY, *whole, str(tmp_path / "unpatched")]) == 0
+    run(train, "--num_train_steps", 60, "--work_dir", tmp_path / "unpatched")
+    agent = loaded(monkeypatch, patched(tmp_path / "project", "shift") / "sac_ae.py").SacAeAgent
+    monkeypatch.setattr(train, "AGENTS", {"sac_ae": agent})
+    run(train, "--num_train_steps", 60, "--work_dir", tmp_path / "off")
+    run(train, "--num_train_steps", 60, "--work_dir", tmp_path / "whole", "--random_shift", 2)
+    run(train, "--num_train_steps", 40, "--work_dir", tmp_path / "parts", "--random_shift", 2)
+    run(train, "--num_train_steps", 60, "--work_dir", tmp_path / "parts", "--resume")
     assert log_of(tmp_path / "off") == log_of(tmp_path / "unpatched")
     assert log_of(tmp_path / "off")[-1]["critic_loss"] != log_of(tmp_path / "whole")[-1]["critic_loss"]
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
@@ -115,24 +100,23 @@ def test_a_shift_is_off_by_default_and_resumes(monkeypatch, tmp_path):
 def test_an_environment_of_ones_own(tmp_path):
     """With processes that play evaluation episodes: they get the script's function."""
     folder = patched(tmp_path / "project", "environment")
-    flags = [*TINY, *STATES, "--eval_workers", "2", "--work_dir", str(tmp_path / "log")]
-    runs = [[*flags, "--num_train_steps", "40"], [*flags, "--resume", "--num_train_steps", "210"]]
-    printed = run(folder, RUN_SCRIPT, runs)
+    flags = [*TINY, *STATES, "--eval_workers", "2", "--num_train_steps", "210", "--work_dir", str(tmp_path / "log")]
+    command = [sys.executable, "my_train.py", *flags]
+    printed = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout
     assert "observation: (3,) float32" in printed
-    assert "resuming at step 40" in printed
     (record,) = log_of(tmp_path / "log")
     assert record["step"] == 200  # an episode of the pendulum
     assert record["episode_reward"] < 0
-    assert agent_of(tmp_path / "log")["actor.trunk.0.weight"].shape == (8, 3)
 
 
-def test_a_loss_with_a_network_of_its_own(tmp_path):
+def test_a_loss_with_a_network_of_its_own(monkeypatch, tmp_path):
     """It is in the log, in TensorBoard and in checkpoints, and a resumed run equals one that never stopped."""
-    common = [*TINY, *STATES, "--agent", "sac_ae_reward", "--reward_lr", "0.01"]
-    whole, parts = ([*common, "--work_dir", str(tmp_path / name)] for name in ("whole", "parts"))
-    runs = [[*whole, "--num_train_steps", "60", "--save_tb"], [*parts, "--num_train_steps", "40", "--save_model"]]
-    runs += [[*parts, "--num_train_steps", "60", "--resume"]]
-    run(patched(tmp_path / "project", "loss"), RUN, runs)
+    program = loaded(monkeypatch, patched(tmp_path / "project", "loss") / "train.py")
+    monkeypatch.setattr(program, "make_env", toy.make_toy_env)
+    common = [*STATES, "--agent", "sac_ae_reward", "--reward_lr", 0.01]
+    run(program, *common, "--work_dir", tmp_path / "whole", "--num_train_steps", 60, "--save_tb")
+    run(program, *common, "--work_dir", tmp_path / "parts", "--num_train_steps", 40, "--save_model")
+    run(program, *common, "--work_dir", tmp_path / "parts", "--num_train_steps", 60, "--resume")
     records, agent = log_of(tmp_path / "whole"), agent_of(tmp_path / "whole")
     assert ["reward_loss" in record for record in records] == [True] * 3
     assert records == log_of(tmp_path / "parts")

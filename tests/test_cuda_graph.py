@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -35,7 +30,6 @@ def both(kind, steps=STEPS, report=pytest.fail, **settings):
     [
         # Whether the actor is due goes with the decoder, both every second step; the target every third.
         ("pixel", {"critic_target_update_freq": 3, "decoder_update_freq": 2}, 4),
-        ("pixel", {}, 2),
         ("state", {}, 2),
     ],
 )
@@ -68,16 +62,14 @@ class Fetching(SacAeAgent):
         return loss * (1 if loss.item() > -1 else 2)
 
 
-@pytest.mark.parametrize("compile_", [False, True])
-def test_goes_on_without_if_an_update_cannot_be_captured(recorded, compiled, compile_):
+def test_goes_on_without_if_an_update_cannot_be_captured(recorded):
     """One line says why; gradients are those of the last update again."""
     lines = []
-    results = both("state", [0, 1] * 3, lines.append, cls=Fetching, compile=compile_)
+    results = both("state", [0, 1] * 3, lines.append, cls=Fetching)
     assert_equal(*results)
     gradients = [[parameter.grad for parameter in agent.critic.parameters()] for _, agent in results]
-    assert all(torch.equal(mine, other) for mine, other in zip(*gradients, strict=True))
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
     assert lines == ["continuing without CUDA graphs: operation not permitted when stream is capturing"]
-    assert bool(compiled) == compile_
 
 
 def test_graphs_are_given_back_if_a_later_capture_fails(recorded, monkeypatch):
@@ -99,50 +91,35 @@ def test_graphs_are_given_back_if_a_later_capture_fails(recorded, monkeypatch):
     assert lines == ["continuing without CUDA graphs: out of memory"]
 
 
-def test_programming_errors_are_not_hidden(recorded):
-    agent = make_agent("state", graphs=True)
-    with pytest.raises(ValueError, match="empty replay"):
-        agent.update(make_replay("state", count=0), Recorder(), 0)
-
-
-FAILING_CAPTURE = """
-import torch
-from test_cuda_graph import *
-torch.backends.cudnn.deterministic = True
-lines, results = [], []
-for graphs in (False, True):
-    agent = make_agent("pixel", "cuda", graphs, lines.append, cls=Fetching, precision="fp32")
-    stream = torch.cuda.current_stream()
-    results.append((train(agent, make_replay("pixel", "cuda", "cpu"), range(20)), agent))
-    assert torch.cuda.current_stream() == stream
-assert len(lines) == 1 and "continuing without CUDA graphs" in lines[0], lines
-assert_equal(*results, rtol=1e-3, atol=1e-4)
-print(lines[0])
-"""
+def test_loading_goes_on_with_graphs(recorded, tmp_path):
+    """Weights are loaded into the memory that the graphs read."""
+    agent, replay, (obs,) = make_agent("state", graphs=True), make_replay("state"), observations("state", 1)
+    train(agent, replay, STEPS)
+    agent.save(tmp_path, 1)
+    saved = agent.select_action(obs)
+    train(agent, replay, STEPS)
+    assert not np.array_equal(agent.select_action(obs), saved)
+    agent.load(tmp_path, 1)
+    np.testing.assert_array_equal(agent.select_action(obs), saved)
 
 
 @needs_gpu
-def test_goes_on_if_a_real_capture_fails():
-    """In a process of its own, for what a failed capture may leave behind."""
-    here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": f"{here}:{here.parent}"}
-    output = subprocess.run([sys.executable, "-c", FAILING_CAPTURE], env=environment, capture_output=True, text=True)
-    assert output.returncode == 0, output.stderr
-    assert "due to a previous error" not in output.stdout
-
-
-@needs_gpu
-@pytest.mark.parametrize("frames_device", ["cuda", "cpu"])
-@pytest.mark.parametrize("kind", SHAPES)
-def test_captured_is_plain_on_a_gpu(kind, frames_device, monkeypatch):
-    """After 200 updates: the same kernels on the same numbers, also if they are fetched late."""
+@pytest.mark.parametrize(
+    ("kind", "frames_device", "cls"),
+    [*((kind, place, SacAeAgent) for kind in SHAPES for place in ("cuda", "cpu")), ("pixel", "cpu", Fetching)],
+)
+def test_captured_is_plain_on_a_gpu(kind, frames_device, cls, monkeypatch):
+    """After 200 updates: the same kernels on the same numbers, also if they are fetched late, or no capture works."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    results = []
+    stream, lines, results = torch.cuda.current_stream(), [], []
     for graphs in (False, True):
-        agent, replay = make_agent(kind, "cuda", graphs, precision="fp32"), make_replay(kind, "cuda", frames_device)
+        agent = make_agent(kind, "cuda", graphs, lines.append, cls, precision="fp32")
+        replay = make_replay(kind, "cuda", frames_device)
         losses = [agent.update(replay, Recorder(), 20)["train_critic/loss"] for _ in range(100)]
         results.append(([losses, *train(agent, replay, range(21, 121))], agent))
     assert_equal(*results, rtol=1e-3, atol=1e-4)
+    assert torch.cuda.current_stream() == stream
+    assert ["due to a previous error" in line for line in lines] == [False] * (cls is Fetching)
 
 
 @needs_gpu
@@ -170,18 +147,3 @@ def test_an_update_never_waits_for_the_gpu(graphs, frames_device):
             agent.sample_action(obs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-@needs_gpu
-def test_loading_goes_on_with_graphs(tmp_path):
-    """Weights are loaded into the memory that the graphs read."""
-    agent, other = make_agent("pixel", "cuda", graphs=True), make_agent("pixel", "cuda")
-    replay, (obs,) = make_replay("pixel", "cuda", "cuda"), observations("pixel", 1)
-    train(agent, replay, STEPS)
-    agent.save(tmp_path, 1)
-    train(agent, replay, STEPS)
-    after = agent.select_action(obs)
-    agent.load(tmp_path, 1)
-    other.load(tmp_path, 1)
-    np.testing.assert_allclose(agent.select_action(obs), other.select_action(obs), rtol=1e-4, atol=1e-5)
-    assert not np.allclose(agent.select_action(obs), after, rtol=1e-4, atol=1e-5)
