@@ -116,7 +116,7 @@ def free_host_bytes(listing: Path = Path("/proc/self/cgroup"), root: Path = Path
 def update_bytes(batch_size: int, obs_shape: tuple[int, ...], num_layers: int, num_filters: int) -> int:
     """Bytes of a GPU that CUDA graphs of updates take, at most; few for states.
 
-    An update holds about one value of float32 for each pixel, layer and filter (`bench.py count`). Graphs of four kinds
+    An update holds about one value of float32 for each pixel, layer and filter. Graphs of four kinds
     share memory, but each may find it in other pieces.
     """
     return 4 * 4 * batch_size * math.prod(obs_shape[1:]) * num_layers * num_filters if len(obs_shape) == 3 else 0

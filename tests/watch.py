@@ -41,11 +41,6 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.waits, self.capturing = waits, capturing
 
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """What torch.compile has made runs compiled, and this sees the operations of that."""
-        return True
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operation, and checks it."""
         kwargs = kwargs or {}
