@@ -36,7 +36,7 @@ def check_device(name: str) -> None:
             raise ValueError("neither cpu nor cuda")
         torch.zeros(1, device=name).add_(1).item()  # launches a kernel, and waits for it
     except (ValueError, RuntimeError, AssertionError) as error:
-        cause = (f"{error}".splitlines() or [type(error).__name__])[0]
+        cause = f"{error}".partition("\n")[0] or type(error).__name__
         devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
         raise UserError(f"device {name} cannot be used ({cause}); this machine has {', '.join(devices)}") from error
 

@@ -9,8 +9,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,8 @@ def warn_of_divergence(where: str, error: str) -> None:
     say(f"warning: the simulation diverged at {where}, which ends the episode: {error}")
 
 
-def progress_bar(items: Iterable[Any], name: str) -> Iterator[Any]:
-    """The items, with a bar on stderr if that is a terminal; the bar is gone before a line is printed."""
-    yield from tqdm(items, desc=name, leave=False, disable=None)
+# `progress_bar(items, name)`: a bar on stderr if that is a terminal; it is gone before a line is printed.
+progress_bar = partial(tqdm, leave=False, disable=None)
 
 
 def in_bytes(number: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import shlex
 import shutil
 import signal
@@ -93,48 +92,9 @@ def test_letters_that_the_terminal_lacks_are_escaped(tmp_path):
     assert "eval/episode_reward" in read_events(tmp_path / "書é").Tags()["scalars"]
 
 
-def test_a_home_folder_is_expanded(run, tmp_path):
-    (tmp_path / "there").symlink_to(run)
-    for words in (
-        ["train.py", *FAST, "--num_train_steps=2", "--work_dir=~/x"],
-        ["plot.py", "~/there", "--out=~/plots"],
-    ):
-        assert run_program(*words, HOME=str(tmp_path)).returncode == 0
+def test_a_home_folder_is_expanded(tmp_path):
+    assert run_program("train.py", *FAST, "--num_train_steps=2", "--work_dir=~/x", HOME=str(tmp_path)).returncode == 0
     assert (tmp_path / "x" / "args.json").exists()
-    assert (tmp_path / "plots" / "scores.md").exists()
-
-
-URL, LONG_NAME = "gs://bucket/run", 300 * "x"
-
-
-@pytest.mark.parametrize(
-    ("program", "words", "error"),
-    [
-        ("train", ["--save_tb=false"], "argument --save_tb/--no-save_tb: ignored explicit argument 'false'"),
-        ("sweep", ["--dry_run", "True"], "unrecognized arguments: True"),
-        ("train", ["\n"], r"unrecognized arguments: \n"),
-        ("train", ["--task_name", "run\r"], r"run\r"),
-        ("train", ["--work_dir", "run\r"], r"run\r has characters that cannot be shown"),
-        ("train", ["--work_dir", "b\udcfccher"], r"b\udcfccher has characters that cannot be shown"),  # Latin-1
-        ("train", ["--work_dir", URL], "is a URL"),
-        ("train", ["--resume", "--work_dir", LONG_NAME], "cannot be used: File name too long"),
-        ("evaluate", [LONG_NAME], "cannot be used: File name too long"),
-        ("evaluate", ["somewhere", "--video", URL], "is a URL"),
-        ("plot", [URL], "is a URL"),
-        ("plot", ["somewhere", "--out", URL], "is a URL"),
-        ("sweep", ["--work_dir", URL], "is a URL"),
-    ],
-)
-def test_words_that_are_refused_in_one_line_that_shows_them(tmp_path, monkeypatch, capsys, program, words, error):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as exit_:
-        importlib.import_module(program).main(words)
-    assert exit_.value.code == 2
-    printed = capsys.readouterr().err
-    assert error in printed
-    assert printed.count("\n") == 1
-    assert "\r" not in printed
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("number", signals.STOPPING)

@@ -20,7 +20,6 @@ from events import read_events
 from programs import Program, run_program
 from runs import METHODS, SMALL, TOY, open_run, read_log, run_toy, without_times
 from terminal import reader
-from torch import nn
 from toy import BarEnv, CountingEnv, StateEnv, make_toy_env
 
 import dmc2gym
@@ -103,28 +102,30 @@ def test_no_two_purposes_share_random_numbers():
     assert len({generator(seed, name, 3).random() for seed in (1, 2) for name in names}) == 8
 
 
+class Diverging(StateEnv):
+    """Diverges once, at its eighth decision."""
+
+    def step(self, action):
+        obs, reward, *rest = super().step(action)
+        if self.steps == 8 and not vars(self).setdefault("diverged", False):
+            self.diverged = True
+            return obs, 0.0, True, False, {"physics_error": "why"}
+        return obs, reward, *rest
+
+
 def test_a_simulation_that_diverges_ends_an_episode_not_the_run(tmp_path, capsys, monkeypatch):
     """In training and in evaluation; the logs count such ends."""
-    step, steps = dmc2gym.DMCWrapper.step, []
-
-    def diverge(env, action):
-        steps.append(env)
-        if sum(each is env for each in steps) == 8:  # of each environment
-            env.physics.data.qvel[:] = 1e12
-        return step(env, action)
-
-    monkeypatch.setattr(dmc2gym.DMCWrapper, "step", diverge)
-    flags = [*SMALL, *STATES, "--num_train_steps", "260", "--eval_freq", "130", "--init_steps", "100"]
-    assert train.main([*flags, "--work_dir", str(tmp_path)]) == 0
-    assert [line.split(", which")[0] for line in capsys.readouterr().err.splitlines()] == [
-        "warning: the simulation diverged at step 0, evaluation episode 0, decision 8",
-        "warning: the simulation diverged at step 0, evaluation episode 1, decision 8",
-        "warning: the simulation diverged at step 8",
+    monkeypatch.setattr(train, "make_env", lambda args, seed: Diverging())
+    flags = "--num_train_steps 28 --init_steps 50 --eval_freq 28 --num_eval_episodes 2 --work_dir".split()
+    assert train.main([*TOY, *STATES, *flags, str(tmp_path)]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: the simulation diverged at step 0, evaluation episode 0, decision 8, which ends the episode: why",
+        "warning: the simulation diverged at step 0, evaluation episode 1, decision 8, which ends the episode: why",
+        "warning: the simulation diverged at step 8, which ends the episode: why",
     ]
     episodes, evaluations = read_log(tmp_path / "train.log"), read_log(tmp_path / "eval.log")
     assert [record.get("physics_errors") for record in evaluations] == [2, None]
-    assert [(record["step"], record.get("physics_errors")) for record in episodes] == [(8, 1), (133, None), (258, None)]
-    assert all(math.isfinite(value) for record in episodes for value in record.values())
+    assert [(record["step"], record.get("physics_errors")) for record in episodes] == [(8, 1), (28, None)]
 
 
 def test_evaluation_schedule(tmp_path, monkeypatch):
@@ -199,8 +200,7 @@ def test_evaluation_does_not_touch_training(tmp_path, monkeypatch, capsys):
     assert returns[0] == returns[1]
 
 
-@pytest.mark.parametrize("stop", ["never", "its end", "a signal"])
-def test_an_episode_takes_the_time_of_its_decisions(tmp_path, monkeypatch, stop):
+def test_an_episode_takes_the_time_of_its_decisions(tmp_path, monkeypatch):
     """Not that of evaluations, nor that between a stop within it and the resume; on a clock that decisions advance."""
     clock, random_action = [0.0], train.random_action
 
@@ -218,12 +218,9 @@ def test_an_episode_takes_the_time_of_its_decisions(tmp_path, monkeypatch, stop)
     monkeypatch.setattr(train, "make_env", lambda args, seed: SlowEnv())
     flags = [*TOY, *STATES, *"--num_train_steps 40 --init_steps 100 --eval_freq 20 --num_eval_episodes 2".split()]
     flags += ["--work_dir", str(tmp_path)]
-    if stop == "its end":
-        assert train.main([*flags, "--num_train_steps", "27"]) == 0
-    if stop == "a signal":
-        with monkeypatch.context() as patch:
-            patch.setattr(train, "random_action", act)
-            assert train.main(flags) == 128 + signal.SIGTERM
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "random_action", act)
+        assert train.main(flags) == 128 + signal.SIGTERM
     clock[0] += 1000
     assert train.main([*flags, "--resume"]) == 0
     for name, seconds in (("train.log", 10.0), ("eval.log", 20.0)):  # evaluation's environments take turns
@@ -296,8 +293,7 @@ def test_interrupt_while_starting(tmp_path, seconds):
 @pytest.mark.parametrize("lines", [0, 12])
 def test_closed_pipe(tmp_path, lines):
     """A reader that leaves, as `head` does, is no mistake in the flags, not even before the first line."""
-    flags = [*SMALL, *STATES, "--num_train_steps", "100000", "--work_dir", tmp_path / "log"]
-    process = Program("train.py", *flags)
+    process = Program("train.py", *SMALL, *STATES, "--num_train_steps", "100000", "--work_dir", tmp_path / "log")
     for _ in range(lines):
         process.stdout.readline()
     process.stdout.close()
@@ -319,14 +315,6 @@ def test_output_on_a_terminal_and_on_a_pipe(tmp_path):
         outputs.append([re.sub(r"D: \S+ s", "", line) for line in lines])
     assert outputs[0] == outputs[1]
     assert [line.split()[1] for line in outputs[0]] == ["eval", "train"]
-
-
-def test_help_shows_every_default(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        train.main(["--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    for action in train.make_parser()._actions[1:]:
-        assert f"{action.help} (default: {action.default})" in shown
 
 
 # The numbers that the method's results rest on (paper, table 3, and the authors' script).
@@ -390,17 +378,3 @@ def test_every_setting_is_a_flag_that_reaches_the_agent(monkeypatch):
     monkeypatch.setattr(Curious, "settings_class", field)
     with pytest.raises(ValueError, match="different defaults for discount"):
         train.make_parser()
-
-
-class Forgetful(SacAeAgent):
-    """Has a network that checkpoints would lack."""
-
-    def __init__(self, *args, **settings):
-        super().__init__(*args, **settings)
-        self.ensemble = [nn.Linear(2, 2)]
-
-
-def test_an_agent_that_a_checkpoint_would_lack_parts_of_is_refused(monkeypatch):
-    monkeypatch.setitem(train.AGENTS, "sac_ae", Forgetful)
-    with pytest.raises(TypeError, match="checkpoints lack what ensemble holds"):
-        train.make_agent(train.make_parser().parse_args([*SMALL, *STATES]), (3,), (1,))
