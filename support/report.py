@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import shlex
 import shutil
@@ -89,17 +90,21 @@ def describe(run: Any, renderer: tuple[str, bool] | None) -> Iterator[str]:
         yield f"first an evaluation, {args.init_steps:,} random decisions, then as many updates at once"
 
 
-def provenance(device: torch.device) -> dict[str, str]:
+def provenance(device: torch.device) -> dict[str, Any]:
     """When, where and by what a run on this device is started."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    root = Path(__file__).parent.parent
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    # Of this program's own repository, not of one around it.
+    git = ["git", f"--git-dir={root / '.git'}", f"--work-tree={root}", "describe", "--always", "--dirty", "--abbrev=40"]
     commit = "unknown"
     with suppress(OSError, subprocess.CalledProcessError):  # no git, or no clone
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        commit = subprocess.run(git, env=environment, capture_output=True, text=True, check=True).stdout.strip()
     start = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": shlex.join(sys.argv),
         "commit": commit,
         "machine": f"{platform.platform()}, {cores()} cores",
+        "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
         "python": platform.python_version(),
         "torch": str(torch.__version__),
