@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 
@@ -15,8 +14,6 @@ from runs import METHODS, SMALL, TOY, assert_refused
 from toy import CountingEnv, make_task, make_toy_env
 
 import train
-from errors import UserError
-from support import machine
 from utils import FrameStack
 
 STATES = METHODS["sac_state"]
@@ -144,11 +141,3 @@ def test_a_run_that_began_in_bfloat16_goes_on_in_it(tmp_path, monkeypatch):
     assert train.main(flags) == 0
     bf16(monkeypatch)
     assert train.main([*flags, "--resume", "--num_train_steps", "12"]) == 0
-
-
-@pytest.mark.parametrize("fast", [True, False])
-def test_bfloat16_on_a_gpu(monkeypatch, fast):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: fast)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    with contextlib.nullcontext() if fast else pytest.raises(UserError, match="precision bf16 is slow"):
-        machine.check_bf16("cuda")
