@@ -24,8 +24,6 @@ from support.prefetch import Prefetched
 from utils import frame_channels
 
 RESERVE = 2 * 10**9  # bytes kept free beside the replay; on a GPU for CUDA, libraries' workspaces, optimisers' moments
-
-
 LISTING, ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 # Of a control group, v2 and v1: limit of memory, use of it, and the file pages that the kernel would give up first.
 MEMORY_FILES = [("memory.max", "memory.current", "inactive_file")]
