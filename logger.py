@@ -64,16 +64,16 @@ class Logger:
         self._step = state["step"]
         self._values |= state["meters"]
         sizes = {path: state["sizes"].get(path.name, 0) for path in self._paths.values()}
-        for path, size in sizes.items():
-            if size > (path.stat().st_size if path.exists() else 0):
-                raise UserError(f"{path} is missing or shorter than at the checkpoint: lines were lost")
-        for path in filter(Path.exists, sizes):
+        present = {path: path.stat().st_size for path in sizes if path.exists()}
+        if lost := [path for path, size in sizes.items() if size > present.get(path, 0)]:
+            raise UserError(f"{lost[0]} is missing or shorter than at the checkpoint: lines were lost")
+        for path in present:
             with writing(path):
                 os.truncate(path, sizes[path])
 
     def log(self, key: str, value: float | Tensor, step: int, n: int = 1) -> None:
         """Collects a number or a scalar tensor, the sum of `n` values. Waits for no GPU. Refuses keys of no section."""
-        if not key.startswith(tuple(f"{section}{end}" for section in LINES for end in "/_")):
+        if not key.startswith(tuple(LINES)):
             raise ValueError(f"the key {key!r} begins with neither train nor eval")
         # Small live CPU tensors would fragment the heap (https://sourceware.org/glibc/wiki/MallocInternals).
         kept = value.detach() if isinstance(value, Tensor) and value.device.type != "cpu" else float(value)

@@ -29,9 +29,9 @@ from support.checkpoint import Lock, Progress, Run, parse_run
 from support.cuda_graph import Graphs
 from support.evaluation import MAX_ENVS, SideBySide, play
 from support.flags import OneLineParser, number, settings_of, user_path
-from support.machine import check_bf16, check_compiler, check_device, cores, make_replay, try_out
+from support.machine import check_bf16, check_compiler, check_device, cores, limit_threads, make_replay, try_out
 from support.signals import Stopped
-from utils import FrameStack, eval_mode, set_seed_everywhere
+from utils import FrameStack, check_finite, eval_mode, set_seed_everywhere
 from video import VideoRecorder
 
 AGENTS: dict[str, type[SacAeAgent]] = {"sac_ae": SacAeAgent}
@@ -110,6 +110,7 @@ cloudpickle.register_pickle_by_value(utils)
 
 def make_agent(args: argparse.Namespace, obs_shape: tuple[int, ...], action_shape: tuple[int, ...]) -> SacAeAgent:
     """The agent of the flags; on a GPU, unless told otherwise, with CUDA graphs."""
+    limit_threads()
     kind = AGENTS[args.agent]
     settings = {name: getattr(args, name) for name in settings_of([kind])}
     for name, (_, default, _) in settings_of(AGENTS.values()).items():
@@ -143,6 +144,7 @@ def train(run: Run) -> None:
         if run.checkpoint_due():
             run.save_checkpoint()
         run.begin_episode()
+        check_finite(run.obs, "the environment's observation", f"at step {progress.step}")
         over = False
         while not over and progress.step < args.num_train_steps:
             run.stop.check()
@@ -151,7 +153,7 @@ def train(run: Run) -> None:
                 if progress.step < args.init_steps:
                     progress.action = random_action(env.action_space, args.seed, progress.step)
                 else:
-                    progress.action = check_finite(agent.sample_action(run.obs), logger, progress.step)
+                    progress.action = check_action(agent.sample_action(run.obs), logger, progress.step)
             # The updates precede `env.step`, so that a GPU computes while the simulator works; their batches lack this
             # transition. The first decision after the random ones makes init_steps updates, all with its step, so that
             # actor and target train in all or none of them, as in the authors' script. Later ones make one.
@@ -162,6 +164,8 @@ def train(run: Run) -> None:
                 progress.updates += 1
                 run.stop.check()
             next_obs, reward, terminated, truncated, info = env.step(progress.action)
+            check_finite(next_obs, "the environment's observation", f"at step {progress.step + 1}")
+            check_finite(reward, "the environment's reward", f"at step {progress.step + 1}")
             # A time limit (truncated) is not a terminal state: the target still bootstraps.
             replay.add(run.obs, progress.action, reward, next_obs, terminated, first=not progress.actions)
             progress.actions.append(progress.action)
@@ -180,12 +184,11 @@ def train(run: Run) -> None:
     save_models(run)
 
 
-def check_finite(action: np.ndarray, logger: Logger, step: int) -> np.ndarray:
+def check_action(action: np.ndarray, logger: Logger, step: int) -> np.ndarray:
     """The action. Raises UserError if it is NaN or infinite; if a loss diverged, the message names the loss."""
     if not np.isfinite(action).all():
         logger.check_losses()
-        raise UserError(f"the policy's action is NaN or infinite at step {step}: the run has diverged")
-    return action
+    return check_finite(action, "the policy's action", f"at step {step}: the run has diverged")
 
 
 def log_all(logger: Logger, section: str, step: int, values: dict[str, Any]) -> None:
@@ -209,7 +212,12 @@ def evaluate(run: Run) -> None:
     """Plays `num_eval_episodes` episodes by the policy's mean, in separate environments and with separate seeds."""
     args, agent, logger, step, start_time = run.args, run.agent, run.logger, run.progress.step, time.perf_counter()
     seeds = [seed_of(args.seed, "evaluation", step, episode) for episode in range(args.num_eval_episodes)]
-    moments = play(run.eval_envs, seeds, lambda obs: check_finite(agent.select_actions(obs), logger, step))
+
+    def act(obs: np.ndarray) -> np.ndarray:
+        check_finite(obs, "the environment's observation", f"in the evaluation at step {step}")
+        return check_action(agent.select_actions(obs), logger, step)
+
+    moments = play(run.eval_envs, seeds, act)
     run.video.init(enabled=True)
     seen = []
     for moment in report.progress_bar(moments, "evaluation"):

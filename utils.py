@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from errors import UserError
 from replay_buffer import ReplayBuffer as ReplayBuffer  # for programs that import it from here
 
 
@@ -102,6 +103,13 @@ def make_dir(dir_path: str | Path) -> Path:
     path = Path(dir_path)
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def check_finite(values: Any, what: str, where: str) -> Any:
+    """Returns numbers. Raises UserError if one is NaN or infinite; `what` says what they are, `where` at which step."""
+    if not np.isfinite(values).all():
+        raise UserError(f"{what} is NaN or infinite {where}")
+    return values
 
 
 def rgb(obs: Any) -> Any:

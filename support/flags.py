@@ -31,6 +31,7 @@ class OneLineParser(argparse.ArgumentParser):
         """Prints an error in one line on stderr, if anybody can read it. Control characters are escaped."""
         message = re.sub(r"\s*\n\s*(?=\S)", " ", message)  # libraries' messages have several lines
         shown = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message)
+        shown += r" (\r is a carriage return, which lines of Windows files end in)" if "\r" in message else ""
         self._print_message(f"{self.prog}: error: {shown}\n", sys.stderr)
 
     def fail(self, message: str) -> NoReturn:
@@ -61,12 +62,9 @@ class OneLineParser(argparse.ArgumentParser):
         flag: Any = self._option_string_actions[f"--{name}"]
         if isinstance(flag, argparse.BooleanOptionalAction):
             return isinstance(value, bool)
-        if flag.choices is not None:
-            return value in flag.choices
         try:
-            taken = flag.type(value)
-            return not isinstance(value, bool) and isinstance(value, type(taken) | int) and taken == value
-        except (argparse.ArgumentTypeError, TypeError, ValueError, OverflowError):  # of an infinite number
+            return self._get_values(flag, [str(value)]) == value
+        except argparse.ArgumentError:
             return False
 
     def given(self, argv: Sequence[str] | None) -> dict[str, Any]:
@@ -124,8 +122,6 @@ def user_path(text: str) -> str:
     if "://" in text:
         raise argparse.ArgumentTypeError(f"{text} is a URL: name a file or a folder of this machine")
     path = os.path.expanduser(text)  # noqa: PTH111  # which leaves `./log` as it is
-    if path.startswith("~"):
-        raise argparse.ArgumentTypeError(f"no such user: {text.partition('/')[0]}; a folder of that name is ./{text}")
     if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in path):  # Cs: bytes that are not UTF-8
         raise argparse.ArgumentTypeError(f"{path} has characters that cannot be shown: choose another name")
     try:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,40 @@ from support.prefetch import Prefetched
 from utils import frame_channels
 
 RESERVE = 2 * 10**9  # bytes kept free beside the replay; on a GPU for CUDA, libraries' workspaces, optimisers' moments
+LISTING, ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+# Of a control group, v2 and v1: limit of memory, use of it, and the file pages that the kernel would give up first.
+MEMORY_FILES = [("memory.max", "memory.current", "inactive_file")]
+MEMORY_FILES += [("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")]
+# Microseconds of processor time in each period, and the period.
+QUOTA_FILES = [("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")]
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def control_groups(controller: str, listing: Path = LISTING, root: Path = ROOT) -> Iterator[Path]:
+    """Folders of the control groups (v2 and v1) that may limit this process, where there are any.
+
+    https://docs.kernel.org/admin-guide/cgroup-v2.html
+    """
+    for line in listing.read_text().splitlines() if listing.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if not controllers or controller in controllers.split(","):
+            own = (root / controller if controllers else root) / path.lstrip("/")
+            yield from (own, *own.parents)  # in a container, the group may be the root that is mounted
+
+
+def cores(listing: Path = LISTING, root: Path = ROOT) -> int:
+    """Cores that this process may use at a time, or what a quota of processor time comes to."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for group, names in itertools.product(control_groups("cpu", listing, root), QUOTA_FILES):
+        with suppress(OSError, ValueError):  # no such group, or it has no quota
+            quota, period = (int(number) for name in names for number in (group / name).read_text().split())
+            found = min(found, math.ceil(quota / period)) if quota > 0 else found
+    return found
+
+
+def limit_threads() -> None:
+    """Lets PyTorch have no more threads than `cores`: it does not know of quotas. OMP_NUM_THREADS comes first."""
+    if "OMP_NUM_THREADS" not in os.environ and cores() < torch.get_num_threads():
+        torch.set_num_threads(cores())
 
 
 def check_device(name: str) -> None:
@@ -36,7 +67,7 @@ def check_device(name: str) -> None:
             raise ValueError("neither cpu nor cuda")
         torch.zeros(1, device=name).add_(1).item()  # launches a kernel, and waits for it
     except (ValueError, RuntimeError, AssertionError) as error:
-        cause = (f"{error}".splitlines() or [type(error).__name__])[0]
+        cause = f"{error}".partition("\n")[0] or type(error).__name__
         devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
         raise UserError(f"device {name} cannot be used ({cause}); this machine has {', '.join(devices)}") from error
 
@@ -97,19 +128,14 @@ def try_out(env: Any, args: argparse.Namespace) -> None:
             raise UserError("the environment's render() gives no picture (H, W, 3): videos cannot be made of it")
 
 
-def free_host_bytes(listing: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Memory that this process may still take: what is available, or what its control group (v2) leaves.
-
-    File pages that the kernel would give up first count as free.
-    https://docs.kernel.org/admin-guide/cgroup-v2.html
-    """
+def free_host_bytes(listing: Path = LISTING, root: Path = ROOT) -> int:
+    """Memory that this process may still take: what is available, or what its control groups leave."""
     free = psutil.virtual_memory().available
-    own = root / (listing.read_text().partition("0::/")[2].strip() if listing.exists() else "")
-    for group in (own, *own.parents):
+    for group, names in itertools.product(control_groups("memory", listing, root), MEMORY_FILES):
         with suppress(OSError, ValueError, KeyError):  # no such group, or it has no limit
-            pages = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
-            used = int((group / "memory.current").read_text()) - int(pages)
-            free = min(free, int((group / "memory.max").read_text()) - used)
+            limit, used = (int((group / name).read_text()) for name in names[:2])
+            pages = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())[names[2]]
+            free = min(free, limit - used + int(pages))
     return free
 
 

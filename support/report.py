@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import shlex
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +45,8 @@ def warn_of_divergence(where: str, error: str) -> None:
     say(f"warning: the simulation diverged at {where}, which ends the episode: {error}")
 
 
-def progress_bar(items: Iterable[Any], name: str) -> Iterator[Any]:
-    """The items, with a bar on stderr if that is a terminal; the bar is gone before a line is printed."""
-    yield from tqdm(items, desc=name, leave=False, disable=None)
+# `progress_bar(items, name)`: a bar on stderr if that is a terminal; it is gone before a line is printed.
+progress_bar = partial(tqdm, leave=False, disable=None)
 
 
 def in_bytes(number: int) -> str:
@@ -89,17 +90,21 @@ def describe(run: Any, renderer: tuple[str, bool] | None) -> Iterator[str]:
         yield f"first an evaluation, {args.init_steps:,} random decisions, then as many updates at once"
 
 
-def provenance(device: torch.device) -> dict[str, str]:
+def provenance(device: torch.device) -> dict[str, Any]:
     """When, where and by what a run on this device is started."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    root = Path(__file__).parent.parent
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    # Of this program's own repository, not of one around it.
+    git = ["git", f"--git-dir={root / '.git'}", f"--work-tree={root}", "describe", "--always", "--dirty", "--abbrev=40"]
     commit = "unknown"
     with suppress(OSError, subprocess.CalledProcessError):  # no git, or no clone
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        commit = subprocess.run(git, env=environment, capture_output=True, text=True, check=True).stdout.strip()
     start = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": shlex.join(sys.argv),
         "commit": commit,
         "machine": f"{platform.platform()}, {cores()} cores",
+        "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
         "python": platform.python_version(),
         "torch": str(torch.__version__),

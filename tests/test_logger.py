@@ -17,6 +17,7 @@ import torch
 from events import read_events
 from PIL import Image
 from runs import read_log
+from tensorboard.summary.writer import event_file_writer
 from terminal import reader
 
 from errors import UserError
@@ -32,29 +33,23 @@ def write(logger, step, values):
 
 
 def test_a_line_shows_means_and_0_for_what_was_not_logged(tmp_path, capsys):
+    """A value may be the sum of several. Without TensorBoard, there are only logs."""
     logger = Logger(tmp_path, use_tb=False)
     for value in (1.0, 2.0, 6.0):
         logger.log("train_critic/loss", torch.tensor(value), 999)
     record = {"episode": 4, "duration": 0.8123, "episode_reward": 21.16758, "batch_reward": 0.125}
+    logger.log("eval/episode_reward", 10.0, 1000, n=4)
+    logger.log_histogram("train/x", np.arange(3.0), 1000)
+    logger.log_image("train/x", np.zeros((3, 4, 4), np.uint8), 1000)
+    logger.log_video("train/x", np.zeros((2, 4, 4, 3), np.uint8), 1000)
     write(logger, 1000, {f"train/{name}": value for name, value in record.items()} | {"train_ae/ae_loss": 0.25})
+    logger.close()
     assert capsys.readouterr().out == (
         "| train | E: 4 | S: 1000 | D: 0.8 s | R: 21.1676 | BR: 0.1250 "
-        "| ALOSS: 0.0000 | CLOSS: 3.0000 | RLOSS: 0.2500\n"
+        "| ALOSS: 0.0000 | CLOSS: 3.0000 | RLOSS: 0.2500\n| eval | S: 1000 | ER: 2.5000\n"
     )
     assert read_log(tmp_path / "train.log") == [record | {"critic_loss": 3.0, "ae_loss": 0.25, "step": 1000}]
-
-
-def test_without_tensorboard_only_logs_are_written(tmp_path, capsys):
-    """A value may be the sum of several."""
-    logger = Logger(tmp_path, use_tb=False)
-    logger.log_histogram("train/x", np.arange(3.0), 0)
-    logger.log_image("train/x", np.zeros((3, 4, 4), np.uint8), 0)
-    logger.log_video("train/x", np.zeros((2, 4, 4, 3), np.uint8), 0)
-    logger.log("eval/episode_reward", 10.0, 20, n=4)
-    logger.dump(20)
-    logger.close()
-    assert capsys.readouterr().out == "| eval | S: 20 | ER: 2.5000\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["eval.log"]
+    assert {path.name for path in tmp_path.iterdir()} == {"train.log", "eval.log"}
 
 
 def test_tensors_in_host_memory_are_not_kept(tmp_path):
@@ -88,15 +83,16 @@ def test_bad_losses_are_named(tmp_path, bad):
     assert not (tmp_path / "train.log").exists()
 
 
-@pytest.mark.parametrize("key", ["loss", "training/loss"])
-def test_a_key_of_no_section_is_refused(tmp_path, key):
-    with pytest.raises(ValueError, match=f"the key '{key}' begins with neither train nor eval"):
-        Logger(tmp_path, use_tb=False).log(key, 1.0, 0)
+def test_a_key_of_no_section_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="the key 'loss' begins with neither train nor eval"):
+        Logger(tmp_path, use_tb=False).log("loss", 1.0, 0)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 2])
-def test_a_restored_logger_continues_after_the_lines_of_its_state(tmp_path, kept):
+def test_a_restored_logger_continues_after_the_lines_of_its_state(tmp_path, monkeypatch, kept):
     """From before the first line, after it, after the second; values that wait for the next line are kept."""
+    # Files of one second are read in the order of their names, which end in a counter: 10 would come before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     logger, steps = Logger(tmp_path), [0, 5, 9]
     for step in steps:
         if step == steps[kept]:
@@ -110,17 +106,6 @@ def test_a_restored_logger_continues_after_the_lines_of_its_state(tmp_path, kept
     assert [record["step"] for record in read_log(tmp_path / "train.log")] == steps[: kept + 1]
     assert read_log(tmp_path / "train.log")[-1]["batch_reward"] == 1.0
     assert [event.step for event in read_events(tmp_path).Scalars("train/episode")] == steps[: kept + 1]
-
-
-def test_lines_that_are_missing_are_noticed_before_anything_is_cut(tmp_path):
-    logger = Logger(tmp_path, use_tb=False)
-    write(logger, 5, {"train/episode": 1, "eval/episode_reward": 1.0})
-    state = logger.state()
-    write(logger, 6, {"train/episode": 2})
-    (tmp_path / "eval.log").write_text("")
-    with pytest.raises(UserError, match=r"eval\.log is missing or shorter"):
-        Logger(tmp_path, use_tb=False, state=state)
-    assert len(read_log(tmp_path / "train.log")) == 2
 
 
 def test_tensorboard_events(tmp_path):

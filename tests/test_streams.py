@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -31,27 +29,12 @@ def run_process(*words, redirect):
     return subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A finished run on states with models; tests must not write there."""
-    folder = tmp_path_factory.mktemp("streams") / "run"
-    assert train.main([*FAST, "--save_model", "--work_dir", str(folder)]) == 0
-    return folder
-
-
 def test_training_without_standard_streams(tmp_path):
     """Nothing of what would be printed gets into a file instead."""
     flags = [*FAST, *SAVE, "--eval_workers", 2, "--work_dir", tmp_path]
     assert run_process("train.py", *flags, redirect="<&- >&- 2>&-").returncode == 0
     assert [record["step"] for record in read_log(tmp_path / "train.log")] == [10, 20, 30]
     assert "eval/video" in read_events(tmp_path).Tags()["images"]
-
-
-@pytest.mark.parametrize("words", ["evaluate.py RUN --episodes 1", "plot.py RUN --out OUT", "sweep.py --dry_run"])
-def test_other_programs_without_standard_streams(run, tmp_path, words):
-    words = words.replace("RUN", str(run)).replace("OUT", str(tmp_path / "plots")).split()
-    result = run_program(*words, closed=(0, 1, 2))
-    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_a_closed_stream_is_not_the_next_file():
@@ -66,8 +49,9 @@ def test_a_closed_stream_is_not_the_next_file():
 
 
 @pytest.mark.parametrize("words", ["plot.py FOLDER --out FOLDER/plots", "sweep.py --dry_run", "bench.py act"])
-def test_an_output_that_is_full_is_one_line(run, tmp_path, words):
-    shutil.copytree(run, tmp_path / "run")
+def test_an_output_that_is_full_is_one_line(tmp_path, words):
+    if "FOLDER" in words:
+        assert train.main([*FAST, "--num_train_steps", "2", "--work_dir", str(tmp_path / "run")]) == 0
     result = run_process(*words.replace("FOLDER", str(tmp_path)).split(), redirect=">/dev/full")
     error = f"{words.split()[0]}: error: [Errno 28] No space left on device\n"
     assert (result.returncode, result.stderr) == (1, error)
@@ -93,48 +77,9 @@ def test_letters_that_the_terminal_lacks_are_escaped(tmp_path):
     assert "eval/episode_reward" in read_events(tmp_path / "書é").Tags()["scalars"]
 
 
-def test_a_home_folder_is_expanded(run, tmp_path):
-    (tmp_path / "there").symlink_to(run)
-    for words in (
-        ["train.py", *FAST, "--num_train_steps=2", "--work_dir=~/x"],
-        ["plot.py", "~/there", "--out=~/plots"],
-    ):
-        assert run_program(*words, HOME=str(tmp_path)).returncode == 0
+def test_a_home_folder_is_expanded(tmp_path):
+    assert run_program("train.py", *FAST, "--num_train_steps=2", "--work_dir=~/x", HOME=str(tmp_path)).returncode == 0
     assert (tmp_path / "x" / "args.json").exists()
-    assert (tmp_path / "plots" / "scores.md").exists()
-
-
-URL, LONG_NAME = "gs://bucket/run", 300 * "x"
-
-
-@pytest.mark.parametrize(
-    ("program", "words", "error"),
-    [
-        ("train", ["--save_tb=false"], "argument --save_tb/--no-save_tb: ignored explicit argument 'false'"),
-        ("sweep", ["--dry_run", "True"], "unrecognized arguments: True"),
-        ("train", ["\n"], r"unrecognized arguments: \n"),
-        ("train", ["--task_name", "run\r"], r"run\r"),
-        ("train", ["--work_dir", "run\r"], r"run\r has characters that cannot be shown"),
-        ("train", ["--work_dir", "b\udcfccher"], r"b\udcfccher has characters that cannot be shown"),  # Latin-1
-        ("train", ["--work_dir", URL], "is a URL"),
-        ("train", ["--resume", "--work_dir", LONG_NAME], "cannot be used: File name too long"),
-        ("evaluate", [LONG_NAME], "cannot be used: File name too long"),
-        ("evaluate", ["somewhere", "--video", URL], "is a URL"),
-        ("plot", [URL], "is a URL"),
-        ("plot", ["somewhere", "--out", URL], "is a URL"),
-        ("sweep", ["--work_dir", URL], "is a URL"),
-    ],
-)
-def test_words_that_are_refused_in_one_line_that_shows_them(tmp_path, monkeypatch, capsys, program, words, error):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as exit_:
-        importlib.import_module(program).main(words)
-    assert exit_.value.code == 2
-    printed = capsys.readouterr().err
-    assert error in printed
-    assert printed.count("\n") == 1
-    assert "\r" not in printed
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("number", signals.STOPPING)
