@@ -144,7 +144,7 @@ def train(run: Run) -> None:
         if run.checkpoint_due():
             run.save_checkpoint()
         run.begin_episode()
-        check_finite(run.obs, "the environment's observation", f"at step {progress.step}")
+        check_finite(f"the environment's observation at step {progress.step}", run.obs)
         over = False
         while not over and progress.step < args.num_train_steps:
             run.stop.check()
@@ -164,8 +164,7 @@ def train(run: Run) -> None:
                 progress.updates += 1
                 run.stop.check()
             next_obs, reward, terminated, truncated, info = env.step(progress.action)
-            check_finite(next_obs, "the environment's observation", f"at step {progress.step + 1}")
-            check_finite(reward, "the environment's reward", f"at step {progress.step + 1}")
+            check_finite(f"the environment's observation or reward at step {progress.step + 1}", next_obs, reward)
             # A time limit (truncated) is not a terminal state: the target still bootstraps.
             replay.add(run.obs, progress.action, reward, next_obs, terminated, first=not progress.actions)
             progress.actions.append(progress.action)
@@ -188,7 +187,8 @@ def check_action(action: np.ndarray, logger: Logger, step: int) -> np.ndarray:
     """The action. Raises UserError if it is NaN or infinite; if a loss diverged, the message names the loss."""
     if not np.isfinite(action).all():
         logger.check_losses()
-    return check_finite(action, "the policy's action", f"at step {step}: the run has diverged")
+        raise UserError(f"the policy's action is NaN or infinite at step {step}: the run has diverged")
+    return action
 
 
 def log_all(logger: Logger, section: str, step: int, values: dict[str, Any]) -> None:
@@ -214,7 +214,7 @@ def evaluate(run: Run) -> None:
     seeds = [seed_of(args.seed, "evaluation", step, episode) for episode in range(args.num_eval_episodes)]
 
     def act(obs: np.ndarray) -> np.ndarray:
-        check_finite(obs, "the environment's observation", f"in the evaluation at step {step}")
+        check_finite(f"the environment's observation in the evaluation at step {step}", obs)
         return check_action(agent.select_actions(obs), logger, step)
 
     moments = play(run.eval_envs, seeds, act)

@@ -105,11 +105,10 @@ def make_dir(dir_path: str | Path) -> Path:
     return path
 
 
-def check_finite(values: Any, what: str, where: str) -> Any:
-    """Returns numbers. Raises UserError if one is NaN or infinite; `what` says what they are, `where` at which step."""
-    if not np.isfinite(values).all():
-        raise UserError(f"{what} is NaN or infinite {where}")
-    return values
+def check_finite(what: str, *values: Any) -> None:
+    """Raises UserError if a number in some arrays is NaN or infinite; `what` says what they are, and at which step."""
+    if not all(np.isfinite(each).all() for each in values):
+        raise UserError(f"{what} is NaN or infinite")
 
 
 def rgb(obs: Any) -> Any:

@@ -5,13 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import re
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
-import gym
 import numpy as np
 import plain
 import psutil
@@ -21,13 +17,10 @@ from folders import contents
 from forked import fail_at
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy import CountingEnv, StateEnv
 
 import replay_buffer
-import train
 from errors import UserError
 from files import unfinished
-from support import machine
 from support.prefetch import Prefetched
 from utils import ReplayBuffer
 
@@ -415,96 +408,3 @@ def test_a_replay_that_cannot_take_a_save(tmp_path, replay, words):
     with pytest.raises(UserError, match=words):
         replay.load(tmp_path)
     assert len(replay) == count
-
-
-# What a run asks of the machine and the environment.
-
-
-NEEDED = replay_buffer.replay_bytes((9, 84, 84), (6,), 10**6) + machine.RESERVE
-ENOUGH = (NEEDED + 1000, NEEDED)  # bytes free on the GPU and in host memory
-
-
-@pytest.mark.parametrize(
-    ("replay_device", "device", "capacity", "gpu", "host", "result"),
-    [
-        ("auto", "cuda:0", 10**6, *ENOUGH, "cuda:0"),
-        ("cpu", "cuda:0", 10**6, *ENOUGH, "cpu"),
-        ("auto", "cpu", 10**6, *ENOUGH, "cpu"),
-        ("cuda", "cpu", 10**6, *ENOUGH, "needs a GPU"),
-        ("auto", "cuda:0", 10**6, ENOUGH[0] - 1, ENOUGH[1], "cpu"),
-        ("cuda", "cuda:0", 10**6, ENOUGH[0] - 1, ENOUGH[1], "of cuda:0: "),
-        ("auto", "cpu", 10**6, ENOUGH[0], ENOUGH[1] - 1, "of host memory: "),
-        ("auto", "cuda:0", 10**6, 9, 9, "of cuda:0 or host memory: --replay_buffer_capacity 0 fits$"),
-        ("auto", "cpu", 100, 0, 2 * 10**6, "of host memory: "),
-        # A small replay needs no large reserve of host memory; on a GPU the networks beside it do.
-        ("auto", "cpu", 1000, 0, 10**8, "cpu"),
-        ("auto", "cuda:0", 1000, machine.RESERVE, 10**8, "cpu"),
-    ],
-)
-def test_placement(monkeypatch, replay_device, device, capacity, gpu, host, result):
-    """auto takes the GPU if the frames fit there, else host memory; what does not fit is refused with what would."""
-    monkeypatch.setattr(machine, "ReplayBuffer", lambda *args: args[-1])  # where the frames would be
-    monkeypatch.setattr(machine, "Prefetched", lambda place: place)
-    monkeypatch.setattr(machine, "update_bytes", lambda *_: 1000)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gpu, 10**12))
-    monkeypatch.setattr(machine, "free_host_bytes", lambda: host)
-    spaces = {"observation_space": SimpleNamespace(shape=(9, 84, 84)), "action_space": SimpleNamespace(shape=(6,))}
-
-    def place(capacity):
-        flags = ["--replay_device", replay_device, "--replay_buffer_capacity", str(capacity)]
-        env = SimpleNamespace(num_stacked=3, **spaces)
-        return str(machine.make_replay(train.make_parser().parse_args(flags), env, torch.device(device)))
-
-    if result in ("cpu", "cuda:0"):
-        assert place(capacity) == result
-        return
-    with pytest.raises(UserError, match=result) as error:
-        place(capacity)
-    if result.endswith(": "):
-        named = int(re.search(r"--replay_buffer_capacity (\d+) fits$", str(error.value))[1])
-        assert 0.7 * capacity < named < capacity
-        assert place(named) in ("cpu", "cuda:0")
-
-
-@pytest.mark.parametrize(
-    ("listing", "files", "free"),
-    [
-        ("0::/job/step", {"job/step/memory.max": "max", "job/memory.max": "500"}, 500 - 300 + 70),
-        ("0::/", {"memory.max": "400"}, 400 - 300 + 70),
-        ("0::/job", {"job/memory.max": "max"}, None),
-        ("5:cpu,cpuacct:/job", {}, None),
-    ],
-)
-def test_control_groups_limit_memory(tmp_path, listing, files, free):
-    """What a container or a batch system allows, with file pages that can be given up; else what the machine has."""
-    root = tmp_path / "cgroup"
-    for name, limit in files.items():
-        group = (root / name).parent
-        group.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(limit + "\n")
-        (group / "memory.current").write_text("300\n")
-        (group / "memory.stat").write_text("anon 200\ninactive_file 70\n")
-    (tmp_path / "listing").write_text(listing + "\n")
-    left = machine.free_host_bytes(tmp_path / "listing", root)
-    assert left == free if free is not None else 10**6 < left <= psutil.virtual_memory().total
-
-
-@pytest.mark.parametrize(("shape", "refused"), [((84, 84, 18), True), ((3, 64, 4), False)])
-def test_channels_come_first(shape, refused):
-    env = CountingEnv()
-    env.observation_space = gym.spaces.Box(0, 255, shape, np.uint8)
-    with pytest.raises(UserError, match="put channels first") if refused else nullcontext():
-        machine.try_out(env, train.make_parser().parse_args([]))
-
-
-class ReusingEnv(StateEnv):
-    state = np.zeros(3)
-
-    def _observe(self):
-        self.state[:] = super()._observe()
-        return self.state
-
-
-def test_observations_must_be_new_arrays():
-    with pytest.raises(UserError, match="must be new arrays"):
-        machine.try_out(ReusingEnv(), train.make_parser().parse_args([]))

@@ -253,7 +253,7 @@ def find_no_room(*_):
 @pytest.mark.parametrize(
     ("owner", "method", "replacement", "steps", "words"),
     [
-        (BarEnv, "step", give_nan_reward, 50, "the environment's reward is NaN or infinite at step 1"),
+        (BarEnv, "step", give_nan_reward, 50, "the environment's observation or reward at step 1 is NaN or infinite"),
         (SacAeAgent, "update", give_nan_loss, 50, "train_critic/loss became nan at step 30: the run has diverged"),
         (SacAeAgent, "update", give_nan_loss, 32, "train_critic/loss became nan at step 30: the run has diverged"),
         (SacAeAgent, "sample_action", give_nan_action, 50, "the policy's action is NaN or infinite at step 30"),
@@ -287,7 +287,12 @@ class Faulty(StateEnv):
 
 @pytest.mark.parametrize(
     ("env", "number", "where"),
-    [(1, 10, "at step 10"), (1, 21, "at step 20"), (1, 36, "at step 35"), (2, 0, "in the evaluation at step 0")],
+    [
+        (1, 10, "or reward at step 10"),
+        (1, 21, "at step 20"),
+        (1, 36, "or reward at step 35"),
+        (2, 0, "in the evaluation at step 0"),
+    ],
 )
 def test_a_bad_observation_is_the_environments_fault(tmp_path, monkeypatch, capsys, env, number, where):
     """Of training's environment with random decisions, at an episode's start, with the policy's; of evaluation's."""
@@ -295,7 +300,7 @@ def test_a_bad_observation_is_the_environments_fault(tmp_path, monkeypatch, caps
     monkeypatch.setattr(train, "make_env", lambda args, seed: Faulty(number if next(made) == env else -1))
     flags = "--init_steps 30 --num_train_steps 50 --work_dir".split()
     assert train.main([*TOY, *STATES, *flags, str(tmp_path)]) == 1
-    error = f": error: the environment's observation is NaN or infinite {where}\n"
+    error = f": error: the environment's observation {where} is NaN or infinite\n"
     assert capsys.readouterr().err.endswith(error)
 
 
