@@ -172,3 +172,14 @@ def test_acting():
     assert (action.shape, action.dtype) == ((2,), np.float32)
     np.testing.assert_allclose(agent.select_actions(np.stack([other, obs]))[1], action, rtol=1e-5)
     assert (agent.sample_action(obs) != agent.sample_action(obs)).all()
+
+
+def test_where_an_observation_lies_in_memory_does_not_matter():
+    """NumPy's arrays begin anywhere; products that begin elsewhere are rounded differently."""
+    agent, obs = make_agent("state"), observations("state", 2).astype(np.float32)
+    room, actions = np.zeros(obs.size + 16, np.float32), set()
+    for offset in range(16):
+        here = room[offset : offset + obs.size].reshape(obs.shape)
+        here[:] = obs
+        actions.add(agent.select_actions(here).tobytes())
+    assert len(actions) == 1
