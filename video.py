@@ -88,6 +88,7 @@ def run_ffmpeg(ffmpeg: str, pixels: np.ndarray, layout: str) -> bytes:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     if done.returncode != 0 or content[4:8] != b"ftyp":  # so an mp4 begins
-        said = " ".join(done.stdout.decode(errors="backslashreplace").split())
-        raise RuntimeError(f"{said:.300}" or f"it ends with status {done.returncode}, without a video")
+        said = done.stdout.decode(errors="backslashreplace").split()
+        words = " ".join("".join(filter(str.isprintable, word)) for word in said) or "nothing"
+        raise RuntimeError(f"it ends with status {done.returncode} and no video, and says: {words:.300}")
     return content

@@ -52,7 +52,6 @@ def test_every_task_works_on_states_without_a_renderer(make, domain, task):
     assert not env.unwrapped.physics._contexts
     obs, reward, terminated, truncated, info = env.step(env.action_space.sample())
     assert obs in env.observation_space
-    assert obs.dtype == np.float64
     assert np.array_equal(obs, env.unwrapped.current_state)
     assert isinstance(reward, float)
     assert type(terminated) is type(truncated) is bool
@@ -64,10 +63,8 @@ def test_every_domain_works_on_pixels(make, domain, task):
     env = make(domain, task, from_pixels=True, height=16, width=20)
     env.reset()
     obs, *_ = env.step(env.action_space.sample())
-    assert obs.shape == (3, 16, 20)
-    assert obs.dtype == np.uint8
+    assert (obs.shape, obs.dtype) == ((3, 16, 20), np.uint8)
     assert obs in env.observation_space
-    assert env.current_state.dtype == np.float64
     assert env.current_state in env.state_space
     assert env.render(mode="rgb_array", height=8, width=12, camera_id=0).shape == (8, 12, 3)
 
@@ -176,14 +173,12 @@ def test_true_end(make, monkeypatch):
 
 def test_actions_are_scaled_to_the_tasks_limits(make):
     env = make("quadruped", "walk")
-    spec = env.unwrapped._env.action_spec()
-    assert spec.maximum.max() > 1
+    limits = env.unwrapped._env.action_spec()
+    assert limits.maximum.max() > 1
     env.reset()
-    for action, limit in ((np.ones(12), spec.maximum), (-np.ones(12), spec.minimum)):
-        env.step(action)
-        assert np.allclose(env.unwrapped.physics.control(), limit)
-    env.step(np.zeros(12))
-    assert np.allclose(env.unwrapped.physics.control(), (spec.maximum + spec.minimum) / 2)
+    for action, want in ((1, limits.maximum), (-1, limits.minimum), (0, (limits.maximum + limits.minimum) / 2)):
+        env.step(np.full(12, action))
+        assert np.allclose(env.unwrapped.physics.control(), want)
     env = make("lqr", "lqr_2_1")  # without limits: as they are
     env.reset()
     env.step(np.array([0.25]))
@@ -257,15 +252,10 @@ for from_pixels in (False, True):
 
 
 def test_an_automatic_choice_falls_back_where_egl_loads_but_does_not_work():
-    variable = "__EGL_VENDOR_LIBRARY_DIRS"
-    choice, states, pixels = run_python(STATES_THEN_PIXELS, **{variable: "/nonexistent"}).splitlines()
+    choice, states, pixels = run_python(STATES_THEN_PIXELS, __EGL_VENDOR_LIBRARY_DIRS="/nonexistent").splitlines()
     backend, imported = choice.split()  # dm_control reads the choice when it is imported
     assert (imported, states) == ("False", "works ")
-    if backend == "osmesa":
-        assert pixels.endswith("through osmesa")
-    else:
-        assert backend == "disabled"
-        assert f"{variable}=/nonexistent" in pixels
+    assert {"osmesa": "through osmesa", "disabled": "__EGL_VENDOR_LIBRARY_DIRS=/nonexistent"}[backend] in pixels
 
 
 @pytest.mark.parametrize(("chosen", "states_work"), [
@@ -322,8 +312,8 @@ def test_a_simulation_that_diverges_ends_the_episode(make, from_pixels, frame_sk
     assert play(env, 3, reset_seed=2) == play(fresh, 3, reset_seed=2)
 
 
-@pytest.mark.parametrize(("backend", "ending"), [("egl", ""), ("egl", "raise SystemExit(0)"), ("osmesa", "")])
-def test_programs_end_silently(backend, ending):
+@pytest.mark.parametrize("backend", ["egl", "osmesa"])
+def test_programs_end_silently(backend):
     """Whether an environment was closed, closed twice, deleted or left open."""
     program = (
         "import dmc2gym\n"
@@ -331,6 +321,6 @@ def test_programs_end_silently(backend, ending):
         "    envs = [dmc2gym.make('cartpole', 'swingup', from_pixels=True, height=8, width=8) for _ in range(3)]\n"
         "    drawn = [env.reset() for env in envs]\n"
         "except ValueError: print('no such renderer here'); raise SystemExit\n"
-        "envs[0].close(); envs[0].close(); del envs[1]; print('drawn')\n" + ending
+        "envs[0].close(); envs[0].close(); del envs[1]; print('drawn')"
     )
     assert run_python(program, MUJOCO_GL=backend)  # and nothing on stderr

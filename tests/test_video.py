@@ -10,9 +10,12 @@ from types import SimpleNamespace
 import imageio.v3 as iio
 import imageio_ffmpeg
 import numpy as np
+import own_env
 import pytest
 from folders import largest_file
+from runs import METHODS, read_log
 
+import train
 import video
 from errors import UserError
 from support.signals import STOPPING
@@ -66,13 +69,12 @@ def assert_not_written(path, words):
 
 
 @pytest.mark.parametrize(("code", "words"), [
-    ("sys.exit('Unknown encoder\\nno video')", "Unknown encoder no video"),  # and does not read
-    ("sys.stdin.buffer.read(); sys.exit(7)", "it ends with status 7, without a video"),
-    ("os.kill(os.getpid(), 9)", "it ends with status -9, without a video"),
-    ("sys.stderr.buffer.write(b'\\xff\\0 what\\r'); sys.exit(1)", r"\\xff\0 what"),
-    ("print('?' * 1000000)", r"\?{300}"),
-    ("sys.stdin.buffer.read()", "it ends with status 0, without a video"),
-    ("shutil.copy(sys.executable, sys.argv[-1])", "it ends with status 0, without a video"),
+    ("sys.exit('No encoder\\nno video')", "it ends with status 1 and no video, and says: No encoder no video"),
+    ("sys.stdin.buffer.read(); sys.exit(7)", ".* status 7 and no video, and says: nothing"),
+    ("os.kill(os.getpid(), 9)", ".* status -9 .*"),
+    ("sys.stderr.buffer.write(b'\\xff\\x1b[1m what\\r'); sys.exit(1)", r".* says: \\xff\[1m what"),
+    ("print('?' * 1000000)", r".* status 0 and no video, and says: \?{300}"),
+    ("shutil.copy(sys.executable, sys.argv[-1])", ".* status 0 and no video, and says: nothing"),
     ("time.sleep(60)", ".* timed out after 2 seconds"),
 ])  # fmt: skip
 def test_an_ffmpeg_that_fails(tmp_path, monkeypatch, capfd, ffmpeg, code, words):
@@ -87,6 +89,16 @@ def test_an_ffmpeg_that_cannot_start(tmp_path, monkeypatch, ffmpeg):
     assert_not_written(tmp_path / "a.mp4", "No such file or directory")
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/no/such/ffmpeg")
     assert_not_written(tmp_path / "a.mp4", "No such file or directory")
+
+
+def test_a_run_goes_on_without_videos(tmp_path, monkeypatch, capsys):
+    """After one line, not one for each evaluation."""
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/no/such/ffmpeg")
+    monkeypatch.setattr(train, "make_env", own_env.make_env)
+    assert train.main([*own_env.RUN, *METHODS["sac_state"], "--save_video", "--work_dir", str(tmp_path)]) == 0
+    reason = f"video {tmp_path}/video/0.mp4 cannot be written by /no/such/ffmpeg: No such file or directory"
+    assert capsys.readouterr().err == f"warning: {reason}; the run goes on without videos\n"
+    assert len(read_log(tmp_path / "eval.log")) >= 3
 
 
 def test_no_process_can_be_started(tmp_path, monkeypatch):
