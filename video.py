@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import subprocess
-import tempfile
+import os
+import signal
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from subprocess import PIPE
+from subprocess import PIPE, STDOUT, TimeoutExpired, run
 from typing import Any
 
 import numpy as np
 
 from errors import UserError
 from files import write_atomically
+from support.signals import STOPPING
+
+TIMEOUT = 300  # seconds that ffmpeg may take
 
 
 class VideoRecorder:
@@ -48,37 +51,44 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: int = 30, overwri
     The file appears whole or not at all. An odd last row or column is cut, because the format has none. Raises
     UserError, which says why, if the file cannot be written, or is there and must not be overwritten.
     """
-    pictures = [np.ascontiguousarray(frame) for frame in frames]  # an error here is not ffmpeg's
+    pictures = list(frames)
     height, width = pictures[0].shape[:2]
     if any(picture.shape != (height, width, 3) or picture.dtype != np.uint8 for picture in pictures):
         raise UserError(f"video {path} cannot be written: its pictures must be of one shape (H, W, 3), uint8")
-    try:
-        content = run_ffmpeg(pictures, f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps}".split())
-    except (ImportError, OSError, RuntimeError) as error:
-        raise UserError(f"video {path} cannot be written: {error}") from error
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists already, and is not overwritten")
+    ffmpeg = "ffmpeg"
+    try:
+        import imageio_ffmpeg  # only here: states need no videos
+
+        with suppress(RuntimeError):  # it has tried some, and does not say why they failed
+            ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
+        content = run_ffmpeg(ffmpeg, np.concatenate(pictures, axis=None), f"-s {width}x{height} -r {fps}")
+    except (ImportError, OSError, RuntimeError, TimeoutExpired) as error:
+        raise UserError(f"video {path} cannot be written by {ffmpeg}: {getattr(error, 'strerror', error)}") from error
     write_atomically(path, content)
 
 
-def run_ffmpeg(pictures: Iterable[np.ndarray], layout: list[str]) -> bytes:
-    """An mp4 of pictures. Raises ImportError, OSError or RuntimeError, with the reason.
+def run_ffmpeg(ffmpeg: str, pixels: np.ndarray, layout: str) -> bytes:
+    """An mp4 of pixels (N * H * W * 3,). Raises OSError, RuntimeError or TimeoutExpired, with the reason.
 
     imageio's own writer does not tell: it ignores ffmpeg's exit status, and so returns parts of a video.
     """
-    import imageio_ffmpeg  # only here: states need no videos
-
+    descriptor = os.memfd_create("video")  # a file in memory: an mp4 is not written in order, as into a pipe
+    source = f"-loglevel error -f rawvideo -pix_fmt rgb24 {layout} -i - -vf crop=trunc(iw/2)*2:trunc(ih/2)*2"
     # One thread: by default ffmpeg takes the cores that training needs.
-    output = ["-pix_fmt", "yuv420p", "-vf", "crop=trunc(iw/2)*2:trunc(ih/2)*2", "-threads", "1"]
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", *layout, "-i", "-", *output]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "video.mp4"
-        # In a process group of its own, which Ctrl-C does not reach.
-        with subprocess.Popen([*command, str(file)], stdin=PIPE, stderr=PIPE, process_group=0) as ffmpeg:
-            with suppress(BrokenPipeError):  # it has ended, and says why
-                for picture in pictures:
-                    ffmpeg.stdin.write(picture.data)  # type: ignore[union-attr]
-            said = ffmpeg.communicate()[1].decode(errors="replace").split("\n")
-        if ffmpeg.returncode != 0:
-            raise RuntimeError(next(filter(None, said), f"ffmpeg ends with status {ffmpeg.returncode}"))
-        return file.read_bytes()
+    command = [ffmpeg, *f"{source} -pix_fmt yuv420p -threads 1 -y -f mp4 /dev/fd/{descriptor}".split()]
+    streams: dict[str, Any] = {"stdout": PIPE, "stderr": STDOUT, "pass_fds": [descriptor]}
+    # ffmpeg inherits this: it finishes the video even if Ctrl-C or a scheduler sends a signal to all processes.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        with open(descriptor, "rb") as file:  # noqa: PTH123  # it has no path
+            done = run(command, input=pixels.data, timeout=TIMEOUT, **streams)
+            content = file.read()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    if done.returncode != 0 or content[4:8] != b"ftyp":  # so an mp4 begins
+        said = done.stdout.decode(errors="backslashreplace").split()
+        words = " ".join("".join(filter(str.isprintable, word)) for word in said) or "nothing"
+        raise RuntimeError(f"it ends with status {done.returncode} and no video, and says: {words:.300}")
+    return content

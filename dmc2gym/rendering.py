@@ -9,13 +9,11 @@ from typing import Any
 
 from errors import UserError
 
-# Users set variables that begin so to choose a renderer or a driver. If rendering fails, the message names them.
+# Variables that begin so choose a renderer or a driver. If rendering fails, the message names those that are set.
 _VARIABLES = (
     *("MUJOCO_GL", "MUJOCO_EGL", "PYOPENGL_PLATFORM", "EGL_PLATFORM", "__EGL_VENDOR", "GALLIUM_DRIVER"),
     *("LIBGL_", "MESA_GL", "MESA_LOADER"),
 )
-_CHOSEN = "DMC2GYM_RENDERER"  # variables that are set here or in a parent process, and not by the user
-_INSTALL_HINT = "on Debian or Ubuntu: apt-get install libegl1 libgl1-mesa-dri libopengl0"
 
 
 def choose_backend() -> None:
@@ -30,7 +28,7 @@ def choose_backend() -> None:
         return
     # A user who names a GPU for EGL does not want software on the CPU instead.
     backends = ["egl"] if "MUJOCO_EGL_DEVICE_ID" in os.environ else ["egl", "osmesa"]
-    _choose("MUJOCO_GL", next(filter(_works, backends), "disabled"))
+    os.environ["MUJOCO_GL"] = next(filter(_works, backends), "disabled")
 
 
 def render_on(device: str) -> None:
@@ -45,12 +43,7 @@ def render_on(device: str) -> None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # numbers, or names that EGL does not know
     number = dict(enumerate(visible.split(","))).get(int(index or 0), "") if visible else index
     if number.isdecimal() and number != "0" and _works("egl", MUJOCO_EGL_DEVICE_ID=number):  # 0 is EGL's own choice
-        _choose("MUJOCO_EGL_DEVICE_ID", number)
-
-
-def _choose(name: str, value: str) -> None:
-    os.environ[name] = value
-    os.environ[_CHOSEN] = f"{os.environ.get(_CHOSEN, '')} {name}={value}"
+        os.environ["MUJOCO_EGL_DEVICE_ID"] = number
 
 
 def _works(backend: str, **variables: str) -> bool:
@@ -60,18 +53,20 @@ def _works(backend: str, **variables: str) -> bool:
     environment = os.environ | {"MUJOCO_GL": backend} | variables
     try:
         return subprocess.run(command, env=environment, capture_output=True, timeout=60).returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
+    except subprocess.TimeoutExpired:
         return False
+    except OSError:  # no process can be started, which says nothing about renderers
+        return True
 
 
 def renderer_error(cause: Exception) -> UserError:
-    """Makes the error for users: the cause, and the variables that they set, or else what to install."""
-    ours = [*os.environ.get(_CHOSEN, "").split(), f"PYOPENGL_PLATFORM={os.environ.get('MUJOCO_GL')}"]  # by dm_control
+    """Makes the error for users: the cause, what to install, and the variables that may be wrong."""
     found = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(_VARIABLES)]
-    named = ", ".join(variable for variable in found if variable not in ours)
     reason = " ".join(str(cause).split()) or type(cause).__name__
-    advice = f"{named} is set: unset it, or choose another value" if named else _INSTALL_HINT
-    return UserError(f"no usable renderer ({reason}); {advice}")
+    return UserError(
+        f"no usable renderer ({reason}). Either install one, on Debian or Ubuntu by: apt-get install libegl1 "
+        f"libgl1-mesa-dri libopengl0; or choose another by MUJOCO_GL; set are {', '.join(found) or 'no variables'}"
+    )
 
 
 def start_renderer(physics: Any, height: int = 0, width: int = 0) -> None:
@@ -82,7 +77,8 @@ def start_renderer(physics: Any, height: int = 0, width: int = 0) -> None:
             visual.offheight, visual.offwidth = max(height, visual.offheight), max(width, visual.offwidth)
             if physics._contexts:
                 physics._free_rendering_contexts()
-        _ = physics.contexts  # dm_control starts the renderer here
+        if not physics._contexts:
+            type(physics)._make_rendering_contexts(physics)
     except Exception as error:  # each backend and driver raises its own kinds
         from dm_control.mujoco.wrapper.core import MjrContext
 

@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import warnings
-from contextlib import suppress
 from typing import Any
 
 import gym
@@ -81,7 +80,7 @@ class DMCWrapper(gym.Env):
     """A Control Suite task. Only the task's own time limit ends an episode; `make` adds one in environment steps.
 
     Raises UserError if there is no such task, or if the renderer that the user chose does not load; ValueError if
-    `frame_skip` is less than 1. A pickle holds no renderer; the copy starts its own when it draws.
+    `frame_skip` is less than 1.
 
     Args:
         domain_name, task_name: of the suite.
@@ -126,6 +125,9 @@ class DMCWrapper(gym.Env):
         coloured = visualize_reward and not from_pixels
         self._env = _suite().load(domain_name, task_name, task_kwargs, environment_kwargs, coloured)
         self.physics, self.frame_skip, self.render_mode = self._env.physics, frame_skip, "rgb_array"
+        # Quadruped escape asks for a renderer at each reset, to tell it the new terrain. One that starts later sees it
+        # anyway: `start_renderer` calls the class's method, which this hides.
+        self.physics._make_rendering_contexts = lambda: None
         self._from_pixels, self._channels_first = from_pixels, channels_first
         self._height, self._width, self._render_size = height, width, render_size
         self.camera_id = camera_id if camera_id is not None else {"quadruped": 2}.get(domain_name, 0)
@@ -146,25 +148,13 @@ class DMCWrapper(gym.Env):
         """Starts an episode. A seed alone determines it; only LQR's springs come from the seed of `make`.
 
         Returns observation and info, as `step` does. Raises UserError if pixels are observed and nothing can render,
-        and dm_control's PhysicsError if the simulation diverges at once, ten times.
+        and dm_control's PhysicsError if the simulation diverges at once.
         """
         super().reset(seed=seed)
         if seed is not None:
             self._env.task.random.seed(seed)
-        # Quadruped escape asks for a renderer, to tell it the new terrain. One that starts later sees it anyway.
-        self.physics._make_rendering_contexts = lambda: None  # hides the class's method
-        try:
-            time_step = self._begin_episode()
-        finally:
-            del self.physics._make_rendering_contexts
-        self._last = self._observe(time_step)
+        self._last = self._observe(self._env.reset())
         return self._last
-
-    def _begin_episode(self) -> Any:
-        for _ in range(9):
-            with suppress(PhysicsError):
-                return self._env.reset()
-        return self._env.reset()
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Repeats an action (A,), in [-1, 1], for `frame_skip` environment steps, or until the episode ends.

@@ -1,7 +1,4 @@
-"""An environment as a user of this project would write it: plain Gymnasium, or gym 0.26, and nothing of dm_control.
-
-It imports neither the program nor PyTorch, so that processes that play evaluation episodes can import it quickly.
-"""
+"""An environment as a user of this project would write it: plain Gymnasium, or gym 0.26, and nothing of dm_control."""
 
 from __future__ import annotations
 
@@ -32,12 +29,10 @@ class Task:
         render_mode: None renders nothing, as in Gymnasium.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}  # noqa: RUF012  # as Gymnasium has it
-
     def __init__(self, states=False, repeats=True, render_mode="rgb_array", length=10):
         box = self.spaces.Box
-        pixels = box(0, 255, (3, SIDE, SIDE), np.uint8)
-        self.observation_space = box(-np.inf, np.inf, (4,), np.float32) if states else pixels
+        state = box(-np.inf, np.inf, (4,), np.float32)
+        self.observation_space = state if states else box(0, 255, (3, SIDE, SIDE), np.uint8)
         self.action_space = box(-1, 1, (2,), np.float32)
         self.states, self.repeats, self.render_mode, self.length = states, repeats, render_mode, length
         self.going = None  # whether an episode is under way; None before the first `reset`
@@ -69,19 +64,19 @@ class Task:
     def observe(self):
         if self.states:
             return np.array([*self.position, *self.drift], np.float32)
-        return self.picture(SIDE, SIDE).transpose(2, 0, 1)
+        return self.picture((SIDE, SIDE, 3)).transpose(2, 0, 1)
 
-    def picture(self, height, width):
-        """Of this many pixels. The background tells the time."""
-        picture = np.full((height, width, 3), 10 * self.time, np.uint8)
-        row, column = ((self.position + 1) / 2 * (np.array([height, width]) - 4)).astype(int)
+    def picture(self, shape):
+        """The background tells the time."""
+        picture = np.full(shape, 10 * self.time, np.uint8)
+        row, column = ((self.position + 1) / 2 * (np.array(shape[:2]) - 4)).astype(int)
         picture[row : row + 4, column : column + 4] = 255
         return picture
 
     def render(self):
         if self.going is None:
             raise RuntimeError("render was called before reset")
-        return None if self.render_mode is None else self.picture(*PICTURE[:2])
+        return None if self.render_mode is None else self.picture(PICTURE)
 
 
 class OwnEnv(Task, gymnasium.Env):

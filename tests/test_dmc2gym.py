@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import os
-import pickle
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from dm_control.rl.control import PhysicsError
 
 import dmc2gym
 from dmc2gym import rendering
@@ -21,34 +17,19 @@ ROOT = Path(__file__).parent.parent
 os.environ.setdefault("LP_NUM_THREADS", "1")  # more threads of Mesa take more processor time for small pictures
 
 
-def with_small_shadows(env):
-    """Reduces the shadow map, which takes most of the time of a picture that is drawn in software."""
-    env.physics.model.vis.quality.shadowsize = 128
-    return env
-
-
 @pytest.fixture
 def make():
-    """dmc2gym.make with small shadows. Closes the environments at the end of the test."""
+    """dmc2gym.make with small shadows, which are drawn faster. Closes the environments at the end of the test."""
     made = []
 
     def make_and_remember(*args, **kwargs):
         made.append(dmc2gym.make(*args, **kwargs))
-        return with_small_shadows(made[-1])
+        made[-1].physics.model.vis.quality.shadowsize = 128
+        return made[-1]
 
     yield make_and_remember
     for env in made:
         env.close()
-
-
-def load(domain, task, seed, **task_kwargs):
-    from dm_control import suite
-
-    return with_small_shadows(suite.load(domain, task, task_kwargs={"random": seed, **task_kwargs}))
-
-
-def flat(observation):
-    return np.concatenate([np.ravel(value) for value in observation.values()])
 
 
 def actions(shape, count):
@@ -57,13 +38,9 @@ def actions(shape, count):
 
 def play(env, count, reset_seed=None):
     """The observations and rewards of an episode's begin as bytes."""
-    return [env.reset(seed=reset_seed)[0].tobytes(), *go_on(env, count)]
-
-
-def go_on(env, count):
-    """The same of its next decisions."""
+    observations = [env.reset(seed=reset_seed)[0].tobytes()]
     steps = [env.step(action) for action in actions(env.action_space.shape, count)]
-    return [obs.tobytes() + np.float64(reward).tobytes() for obs, reward, *_ in steps]
+    return observations + [obs.tobytes() + np.float64(reward).tobytes() for obs, reward, *_ in steps]
 
 
 @pytest.mark.parametrize(("domain", "task"), dmc2gym.task_names())
@@ -75,7 +52,6 @@ def test_every_task_works_on_states_without_a_renderer(make, domain, task):
     assert not env.unwrapped.physics._contexts
     obs, reward, terminated, truncated, info = env.step(env.action_space.sample())
     assert obs in env.observation_space
-    assert obs.dtype == np.float64
     assert np.array_equal(obs, env.unwrapped.current_state)
     assert isinstance(reward, float)
     assert type(terminated) is type(truncated) is bool
@@ -87,10 +63,8 @@ def test_every_domain_works_on_pixels(make, domain, task):
     env = make(domain, task, from_pixels=True, height=16, width=20)
     env.reset()
     obs, *_ = env.step(env.action_space.sample())
-    assert obs.shape == (3, 16, 20)
-    assert obs.dtype == np.uint8
+    assert (obs.shape, obs.dtype) == ((3, 16, 20), np.uint8)
     assert obs in env.observation_space
-    assert env.current_state.dtype == np.float64
     assert env.current_state in env.state_space
     assert env.render(mode="rgb_array", height=8, width=12, camera_id=0).shape == (8, 12, 3)
 
@@ -101,8 +75,11 @@ def test_every_domain_works_on_pixels(make, domain, task):
 ])  # fmt: skip
 def test_equals_dm_control(make, domain, task, repeat, decisions):
     """The same actions give the same observations, rewards, discounts and ends."""
-    env, direct = make(domain, task, seed=5, frame_skip=repeat), load(domain, task, 5)
-    assert np.array_equal(env.reset()[0], flat(direct.reset().observation))
+    from dm_control import suite
+
+    env, direct = make(domain, task, seed=5, frame_skip=repeat), suite.load(domain, task, {"random": 5})
+    direct.reset()
+    env.reset()
     for action in actions(env.action_space.shape, decisions):
         obs, reward, terminated, truncated, info = env.step(action)
         want = 0.0
@@ -111,7 +88,7 @@ def test_equals_dm_control(make, domain, task, repeat, decisions):
             want += time_step.reward
             if time_step.last():
                 break
-        assert np.array_equal(obs, flat(time_step.observation))
+        assert np.array_equal(obs, np.concatenate([np.ravel(value) for value in time_step.observation.values()]))
         assert reward == want
         assert info["discount"] == time_step.discount
         assert np.array_equal(info["internal_state"], direct.physics.get_state())
@@ -119,31 +96,22 @@ def test_equals_dm_control(make, domain, task, repeat, decisions):
     assert truncated == (decisions == 334)
 
 
-def test_pixels_equal_dm_controls(make):
-    env = make("cheetah", "run", seed=5, from_pixels=True, frame_skip=2, visualize_reward=False)
-    last = make("cheetah", "run", seed=5, from_pixels=True, frame_skip=2, channels_first=False)
-    direct = load("cheetah", "run", 5)
-    direct.reset()
-    assert np.array_equal(env.reset()[0].transpose(1, 2, 0), last.reset()[0])
-    for action in actions((6,), 5):
-        obs, channels_last = env.step(action)[0], last.step(action)[0]
-        direct.step(action)
-        direct.step(action)
-        assert np.array_equal(channels_last, direct.physics.render(84, 84, camera_id=0))
-        assert np.array_equal(obs, channels_last.transpose(2, 0, 1))
-    assert np.array_equal(env.render(height=40, width=60, camera_id=1), direct.physics.render(40, 60, camera_id=1))
-    direct.close()
-
-
-def test_cameras(make):
-    env = make("quadruped", "walk", from_pixels=True, height=32, width=32)
-    obs, _ = env.reset()
-    physics = env.unwrapped.physics
-    assert np.array_equal(obs.transpose(1, 2, 0), physics.render(32, 32, camera_id=2))
-    assert np.array_equal(env.render(camera_id=0), physics.render(32, 32, camera_id=0))
-    assert not np.array_equal(env.render(camera_id=0), env.render())
-    obs, _ = make("quadruped", "walk", from_pixels=True, height=32, width=32, camera_id=0).reset()
-    assert np.array_equal(obs.transpose(1, 2, 0), env.render(camera_id=0))
+@pytest.mark.parametrize(("domain", "task", "camera"), [("ball_in_cup", "catch", 0), ("quadruped", "walk", 2)])
+def test_pixels_are_dm_controls(make, domain, task, camera):
+    """In either layout; they never show the reward."""
+    options = {"from_pixels": True, "height": 40, "width": 48}
+    first = make(domain, task, visualize_reward=False, **options)
+    last = make(domain, task, channels_first=False, **options)
+    assert np.array_equal(first.reset()[0].transpose(1, 2, 0), last.reset()[0])
+    physics = first.unwrapped.physics
+    for action in actions(first.action_space.shape, 3):
+        channels_first, channels_last = first.step(action)[0], last.step(action)[0]
+        assert np.array_equal(channels_last, physics.render(40, 48, camera_id=camera))
+        assert np.array_equal(channels_last, channels_first.transpose(1, 2, 0))
+    assert np.array_equal(first.render(height=20, width=60, camera_id=1), physics.render(20, 60, camera_id=1))
+    obs, _ = make(domain, task, camera_id=1, channels_first=False, **options).reset(seed=3)
+    first.reset(seed=3)
+    assert np.array_equal(obs, first.render(camera_id=1))
 
 
 def test_observations_that_nobody_sees_are_not_computed(make, monkeypatch):
@@ -161,13 +129,12 @@ def test_observations_that_nobody_sees_are_not_computed(make, monkeypatch):
 def test_sizes_of_pictures(make):
     """Also larger than the model's own buffer; a plain picture has the render size, or that of the observations."""
     env = make("cartpole", "swingup", from_pixels=True, height=500, width=700, render_size=32)
-    obs, _ = env.reset()
     small = make("cartpole", "swingup", visualize_reward=False, height=16, width=20)
+    obs, _ = env.reset()
     small.reset()
-    assert np.array_equal(env.render(), small.render(height=32, width=32))
     assert small.render().shape == (16, 20, 3)
+    assert np.array_equal(env.render(), small.render(height=32, width=32))
     assert np.array_equal(small.render(height=500, width=700), obs.transpose(1, 2, 0))
-    assert np.array_equal(env.render(height=64, width=48), small.render(height=64, width=48))
 
 
 @pytest.mark.parametrize(("domain", "task"), [("reacher", "easy"), ("lqr", "lqr_6_2")])
@@ -180,16 +147,6 @@ def test_same_seed_same_episodes(make, domain, task):
     assert np.array_equal(*([env.action_space.sample() for _ in range(3)] for env in (first, second)))
     if domain == "reacher":  # the seed of `reset` alone determines an episode, but for LQR's springs
         assert play(first, 5, reset_seed=11) == play(other, 5, reset_seed=11)
-
-
-def test_pickled_environment_goes_on_alike(make):
-    env = make("cheetah", "run", from_pixels=True, height=24, width=24, frame_skip=2)
-    play(env, 3)
-    copy = pickle.loads(pickle.dumps(env))
-    assert go_on(env, 4) == go_on(copy, 4)
-    assert play(env, 0) == play(copy, 0)
-    assert (env.action_space.sample() == copy.action_space.sample()).all()
-    copy.close()
 
 
 @pytest.mark.parametrize(("options", "decisions"), [
@@ -216,14 +173,12 @@ def test_true_end(make, monkeypatch):
 
 def test_actions_are_scaled_to_the_tasks_limits(make):
     env = make("quadruped", "walk")
-    spec = env.unwrapped._env.action_spec()
-    assert spec.maximum.max() > 1
+    limits = env.unwrapped._env.action_spec()
+    assert limits.maximum.max() > 1
     env.reset()
-    for action, limit in ((np.ones(12), spec.maximum), (-np.ones(12), spec.minimum)):
-        env.step(action)
-        assert np.allclose(env.unwrapped.physics.control(), limit)
-    env.step(np.zeros(12))
-    assert np.allclose(env.unwrapped.physics.control(), (spec.maximum + spec.minimum) / 2)
+    for action, want in ((1, limits.maximum), (-1, limits.minimum), (0, (limits.maximum + limits.minimum) / 2)):
+        env.step(np.full(12, action))
+        assert np.allclose(env.unwrapped.physics.control(), want)
     env = make("lqr", "lqr_2_1")  # without limits: as they are
     env.reset()
     env.step(np.array([0.25]))
@@ -243,12 +198,6 @@ def test_what_is_refused(make, call, words):
         call(env)
 
 
-def test_pixels_never_show_the_reward(make):
-    settings = {"from_pixels": True, "height": 48, "width": 48}
-    shown, hidden = (make("ball_in_cup", "catch", visualize_reward=flag, **settings) for flag in (True, False))
-    assert play(shown, 5) == play(hidden, 5)
-
-
 def test_renderer_of_any_environment(make):
     import gymnasium
     from gym.wrappers import ClipAction
@@ -258,15 +207,9 @@ def test_renderer_of_any_environment(make):
     name, software = dmc2gym.renderer_of(env)
     assert name.endswith(f" through {os.environ['MUJOCO_GL']}")
     assert type(software) is bool
-    shown = GymV26CompatibilityV0(env=ClipAction(env))
-    for same in (env.unwrapped, ClipAction(env), shown, gymnasium.wrappers.TimeLimit(shown, 5)):
-        assert dmc2gym.renderer_of(same) == (name, software)
-
-    class Other(gymnasium.Env):
-        renderer = "its own"
-
-    assert dmc2gym.renderer_of(Other()) is None
-    assert dmc2gym.renderer_of(gymnasium.wrappers.TimeLimit(Other(), 5)) is None
+    shown = gymnasium.wrappers.TimeLimit(GymV26CompatibilityV0(env=ClipAction(env)), 5)
+    assert dmc2gym.renderer_of(shown) == (name, software)
+    assert dmc2gym.renderer_of(gymnasium.wrappers.TimeLimit(gymnasium.Env(), 5)) is None
 
 
 def run_python(program, **environment):
@@ -284,10 +227,14 @@ def test_triton_is_imported_before_anything_can_render(tmp_path):
     assert run_python("import dmc2gym", PYTHONPATH=str(tmp_path), MUJOCO_GL="disabled") == "[]\n"
 
 
-def test_a_trial_imports_nothing_from_the_current_folder(tmp_path, monkeypatch):
+def test_trials_of_renderers(tmp_path, monkeypatch):
+    """They import nothing from the current folder; one that cannot be made says nothing about the renderer."""
     (tmp_path / "numpy.py").write_text("raise SystemExit(3)")
     monkeypatch.chdir(tmp_path)
     assert rendering._works(os.environ["MUJOCO_GL"])
+    assert not rendering._works("vulkan")
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    assert rendering._works("egl")
 
 
 STATES_THEN_PIXELS = """
@@ -305,22 +252,15 @@ for from_pixels in (False, True):
 
 
 def test_an_automatic_choice_falls_back_where_egl_loads_but_does_not_work():
-    variable = "__EGL_VENDOR_LIBRARY_DIRS"
-    choice, states, pixels = run_python(STATES_THEN_PIXELS, **{variable: "/nonexistent"}).splitlines()
+    choice, states, pixels = run_python(STATES_THEN_PIXELS, __EGL_VENDOR_LIBRARY_DIRS="/nonexistent").splitlines()
     backend, imported = choice.split()  # dm_control reads the choice when it is imported
     assert (imported, states) == ("False", "works ")
-    if backend == "osmesa":
-        assert pixels.endswith("through osmesa")
-    else:
-        assert backend == "disabled"
-        assert f"{variable}=/nonexistent is set" in pixels
+    assert {"osmesa": "through osmesa", "disabled": "__EGL_VENDOR_LIBRARY_DIRS=/nonexistent"}[backend] in pixels
 
 
 @pytest.mark.parametrize(("chosen", "states_work"), [
-    ({"MUJOCO_EGL_DEVICE_ID": "999"}, True), ({"PYOPENGL_PLATFORM": "glx"}, True), ({"MUJOCO_GL": "disabled"}, True),
-    ({"MUJOCO_GL": "glfw"}, True), ({"MESA_GL_VERSION_OVERRIDE": "1.0"}, True),
-    ({"MUJOCO_GL": "egl", "MUJOCO_EGL_DEVICE_ID": "abc"}, False), ({"MUJOCO_GL": "vulkan"}, False),
-    ({"MUJOCO_GL": "egl", "PYOPENGL_PLATFORM": "glx"}, False),
+    ({"MUJOCO_EGL_DEVICE_ID": "999"}, True), ({"PYOPENGL_PLATFORM": "glx"}, True), ({"MUJOCO_GL": "glfw"}, True),
+    ({"MESA_GL_VERSION_OVERRIDE": "1.0"}, True), ({"MUJOCO_GL": "vulkan"}, False),
     ({"MUJOCO_GL": "egl", "__EGL_VENDOR_LIBRARY_FILENAMES": "/nonexistent"}, False),
 ])  # fmt: skip
 def test_a_choice_of_the_user_that_does_not_work_is_named(chosen, states_work):
@@ -329,15 +269,14 @@ def test_a_choice_of_the_user_that_does_not_work_is_named(chosen, states_work):
     assert (states == "works ") == states_work
     for line in {states, pixels} - {"works "}:
         assert line.startswith("no usable renderer (")
+        assert "apt-get install libegl1" in line
         assert all(f"{variable}={value}" in line for variable, value in chosen.items())
-        assert "apt-get" not in line
 
 
 @pytest.mark.parametrize(("device", "visible", "works", "chosen"), [
-    ("cuda:1", None, {"1"}, "1"), ("cuda:1", "", {"1"}, "1"), ("cuda:1", "2,5", {"1", "2", "5"}, "5"),
-    ("cuda", "3", {"3"}, "3"), ("cuda", "3", set(), None),  # a container hides the others
-    ("cuda:1", "GPU-8a,GPU-9b", {"0", "1"}, None), ("cuda:7", "2,5", {"7"}, None),
-    ("cuda", None, {"0"}, None), ("cpu", "3", {"3"}, None),
+    ("cuda:1", None, {"1"}, "1"), ("cuda:1", "2,5", {"1", "2", "5"}, "5"), ("cuda", "3", {"3"}, "3"),
+    ("cuda", "3", set(), None),  # a container hides the others
+    ("cuda:1", "GPU-8a,GPU-9b", {"0", "1"}, None), ("cuda", None, {"0"}, None), ("cpu", "3", {"3"}, None),
 ])  # fmt: skip
 def test_the_renderer_follows_the_device(monkeypatch, device, visible, works, chosen):
     """With fakes: which GPUs there are, and on which of them EGL draws."""
@@ -346,23 +285,9 @@ def test_the_renderer_follows_the_device(monkeypatch, device, visible, works, ch
     monkeypatch.setattr(rendering, "_works", lambda _, **variables: variables["MUJOCO_EGL_DEVICE_ID"] in works)
     dmc2gym.render_on(device)
     assert environ.get("MUJOCO_EGL_DEVICE_ID") == chosen
-    assert "MUJOCO_EGL_DEVICE_ID" not in str(rendering.renderer_error(RuntimeError("broken")))
     environ["MUJOCO_EGL_DEVICE_ID"] = "4"  # the user's own
     dmc2gym.render_on(device)
     assert environ["MUJOCO_EGL_DEVICE_ID"] == "4"
-    assert "MUJOCO_EGL_DEVICE_ID=4 is set" in str(rendering.renderer_error(RuntimeError("broken")))
-
-
-def test_what_was_chosen_here_is_not_said_to_be_the_users():
-    program = (
-        "import os, subprocess, sys, dmc2gym\n"
-        "from dmc2gym.rendering import renderer_error\n"
-        "print(renderer_error(RuntimeError('why')), flush=True)\n"
-        "if len(sys.argv) == 1: subprocess.run([sys.executable, '-c', sys.orig_argv[2], 'below'], check=True)"
-    )
-    lines = run_python(program).splitlines()
-    assert len(lines) == 2  # here, and in a process below
-    assert all(line.startswith("no usable renderer (why); on Debian") for line in lines)
 
 
 def test_a_terrain_is_drawn_as_it_was_made(make):
@@ -373,7 +298,7 @@ def test_a_terrain_is_drawn_as_it_was_made(make):
         assert np.array_equal(late.render(), early.reset(seed=seed)[0].transpose(1, 2, 0))
 
 
-@pytest.mark.parametrize(("from_pixels", "frame_skip"), [(False, 1), (False, 4), (True, 4)])
+@pytest.mark.parametrize(("from_pixels", "frame_skip"), [(False, 1), (True, 4)])
 def test_a_simulation_that_diverges_ends_the_episode(make, from_pixels, frame_skip):
     env = make("cheetah", "run", from_pixels=from_pixels, frame_skip=frame_skip)
     env.reset(seed=1)
@@ -387,16 +312,8 @@ def test_a_simulation_that_diverges_ends_the_episode(make, from_pixels, frame_sk
     assert play(env, 3, reset_seed=2) == play(fresh, 3, reset_seed=2)
 
 
-@pytest.mark.parametrize(("failures", "outcome"), [(9, nullcontext()), (10, pytest.raises(PhysicsError))])
-def test_a_simulation_that_diverges_at_a_reset_is_reset_again(make, failures, outcome):
-    env = make("cheetah", "run")
-    env.unwrapped._env.task.initialize_episode = Mock(side_effect=[PhysicsError("invalid")] * failures + [None])
-    with outcome:
-        assert env.reset(seed=1)[0].shape == (17,)
-
-
-@pytest.mark.parametrize(("backend", "ending"), [("egl", ""), ("egl", "raise SystemExit(0)"), ("osmesa", "")])
-def test_programs_end_silently(backend, ending):
+@pytest.mark.parametrize("backend", ["egl", "osmesa"])
+def test_programs_end_silently(backend):
     """Whether an environment was closed, closed twice, deleted or left open."""
     program = (
         "import dmc2gym\n"
@@ -404,6 +321,6 @@ def test_programs_end_silently(backend, ending):
         "    envs = [dmc2gym.make('cartpole', 'swingup', from_pixels=True, height=8, width=8) for _ in range(3)]\n"
         "    drawn = [env.reset() for env in envs]\n"
         "except ValueError: print('no such renderer here'); raise SystemExit\n"
-        "envs[0].close(); envs[0].close(); del envs[1]; print('drawn')\n" + ending
+        "envs[0].close(); envs[0].close(); del envs[1]; print('drawn')"
     )
     assert run_python(program, MUJOCO_GL=backend)  # and nothing on stderr
