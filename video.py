@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import signal
+import subprocess
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from subprocess import PIPE, STDOUT, TimeoutExpired, run
+from subprocess import PIPE, STDOUT, TimeoutExpired
 from typing import Any
 
 import numpy as np
 
 from errors import UserError
-from files import write_atomically
+from files import unfinished
 from support.signals import STOPPING
 
-TIMEOUT = 300  # seconds that ffmpeg may take
+TIMEOUT = 120  # seconds that ffmpeg may take
 
 
 class VideoRecorder:
@@ -57,38 +57,43 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: int = 30, overwri
         raise UserError(f"video {path} cannot be written: its pictures must be of one shape (H, W, 3), uint8")
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists already, and is not overwritten")
-    ffmpeg = "ffmpeg"
+    temporary, ffmpeg = unfinished(path), "ffmpeg"
     try:
         import imageio_ffmpeg  # only here: states need no videos
 
         with suppress(RuntimeError):  # it has tried some, and does not say why they failed
             ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
-        content = run_ffmpeg(ffmpeg, np.concatenate(pictures, axis=None), f"-s {width}x{height} -r {fps}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        run_ffmpeg(ffmpeg, np.concatenate(pictures, axis=None), f"-s {width}x{height} -r {fps}", temporary)
+        temporary.replace(path)
     except (ImportError, OSError, RuntimeError, TimeoutExpired) as error:
-        raise UserError(f"video {path} cannot be written by {ffmpeg}: {getattr(error, 'strerror', error)}") from error
-    write_atomically(path, content)
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"video {path} cannot be written by {ffmpeg}: {reason}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
-def run_ffmpeg(ffmpeg: str, pixels: np.ndarray, layout: str) -> bytes:
-    """An mp4 of pixels (N * H * W * 3,). Raises OSError, RuntimeError or TimeoutExpired, with the reason.
+def run_ffmpeg(ffmpeg: str, pixels: np.ndarray, layout: str, file: Path) -> None:
+    """Writes an mp4 of pixels (N * H * W * 3,). Raises OSError, RuntimeError or TimeoutExpired, with the reason.
 
-    imageio's own writer does not tell: it ignores ffmpeg's exit status, and so returns parts of a video.
+    imageio's own writer does not tell: it ignores ffmpeg's exit status, and so leaves parts of a video.
     """
-    descriptor = os.memfd_create("video")  # a file in memory: an mp4 is not written in order, as into a pipe
     source = f"-loglevel error -f rawvideo -pix_fmt rgb24 {layout} -i - -vf crop=trunc(iw/2)*2:trunc(ih/2)*2"
     # One thread: by default ffmpeg takes the cores that training needs.
-    command = [ffmpeg, *f"{source} -pix_fmt yuv420p -threads 1 -y -f mp4 /dev/fd/{descriptor}".split()]
-    streams: dict[str, Any] = {"stdout": PIPE, "stderr": STDOUT, "pass_fds": [descriptor]}
+    command = [ffmpeg, *f"{source} -pix_fmt yuv420p -threads 1 -y -f mp4".split(), str(file.absolute())]
     # ffmpeg inherits this: it finishes the video even if Ctrl-C or a scheduler sends a signal to all processes.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
-        with open(descriptor, "rb") as file:  # noqa: PTH123  # it has no path
-            done = run(command, input=pixels.data, timeout=TIMEOUT, **streams)
-            content = file.read()
+        process = subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=STDOUT)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    if done.returncode != 0 or content[4:8] != b"ftyp":  # so an mp4 begins
-        said = done.stdout.decode(errors="backslashreplace").split()
-        words = " ".join("".join(filter(str.isprintable, word)) for word in said) or "nothing"
-        raise RuntimeError(f"it ends with status {done.returncode} and no video, and says: {words:.300}")
-    return content
+    with process:
+        try:
+            said, _ = process.communicate(pixels.data, TIMEOUT)  # type: ignore[arg-type]  # takes any buffer
+        finally:
+            process.kill()  # if it hangs
+    if process.returncode != 0 or not file.exists():
+        words = said.decode(errors="backslashreplace").split()
+        shown = " ".join("".join(filter(str.isprintable, word)) for word in words) or "nothing"
+        raise RuntimeError(f"it ends with status {process.returncode} and no video, and says: {shown:.300}")
