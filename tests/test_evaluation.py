@@ -151,14 +151,51 @@ def no_env():
 class Unreadable:
     """Cannot be made anew from its pickle, as if a module could not be imported there."""
 
+    def __init__(self, make_env):
+        self.make_env = make_env
+
+    def __call__(self):
+        return self.make_env()
+
     def __reduce__(self):
         return no_env, ()
 
 
-@pytest.mark.parametrize("maker", [no_env, Unreadable()])
-def test_environments_that_cannot_be_made(maker):
-    with pytest.raises(EpisodeError, match=r"in no_env(\n.*)*LookupError: no such environment$"):
+def no_process(*_, **__):
+    raise BlockingIOError(11, "Resource temporarily unavailable")
+
+
+TESTS = os.getpid()
+
+
+def dies():
+    """An environment, but not in a child."""
+    if os.getpid() != TESTS:
+        os._exit(3)
+    return Countdown()
+
+
+@pytest.mark.parametrize(
+    ("maker", "popen", "cause"),
+    [
+        (Countdown, no_process, "[Errno 11] Resource temporarily unavailable"),
+        (Unreadable(Countdown), subprocess.Popen, "LookupError: no such environment"),
+        (dies, subprocess.Popen, "a process that plays evaluation episodes has died"),
+    ],
+)
+def test_this_process_makes_environments_if_others_cannot(monkeypatch, capsys, maker, popen, cause):
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    with contextlib.closing(SideBySide(maker, 2, 2)) as envs:
+        assert [obs.tolist() for obs in envs.call(reset, [3, 9])] == [[3], [9]]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"note: evaluation goes on in this process, because no other can do it ({cause})")
+
+
+@pytest.mark.parametrize("maker", [no_env, Unreadable(no_env)])
+def test_environments_that_cannot_be_made_anywhere(capsys, maker):
+    with pytest.raises(LookupError, match="^no such environment$"):
         SideBySide(maker, 2, 2)
+    assert capsys.readouterr().err == ""
 
 
 def test_children_do_without_pytorch():
