@@ -178,7 +178,9 @@ def draw(evaluations: pd.DataFrame, published: pd.DataFrame) -> Figure:
             axis.fill_between(means.index, means["low"], means["high"], color=style["color"], alpha=0.2, linewidth=0)
             near = published[published["environment_steps"] <= 1.25 * runs["end"].max()]
             near = near[(near["task"] == task) & (near["method"] == method)].set_index("environment_steps")
-            for source, points in near.groupby(near["source"].str.extract("(figure|DrQ)", expand=False)):
+            for source in ("figure", "DrQ"):
+                if (points := near[near["source"].str.contains(source)]).empty:
+                    continue
                 if source == "figure":
                     more = style | {"mfc": "white", "linestyle": "--", "label": f"{method}, published figure"}
                     axis.plot(points["mean_return"], ms=4, linewidth=0.8, **more)
