@@ -91,10 +91,13 @@ def test_without_ray(tmp_path):
 
 
 def test_dry_run(tmp_path, capsys):
-    assert sweep.main(["--work_dir", str(tmp_path / "sweep"), "--dry_run"]) == 0
+    """Each command, with each flag once."""
+    flags = ["--hidden_dim=8", "--hidden_dim", "16", "--resume", "--no-save_tb", "--critic_lr", "1e-5"]
+    assert sweep.main(["--work_dir", str(tmp_path / "sweep"), "--dry_run", "--", *flags]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6
     assert lines[0].startswith("cartpole_swingup-sac_ae-1: about 3.4 GB, python train.py --domain_name=cartpole")
+    assert lines[0].endswith(" --hidden_dim=16 --critic_lr=1e-05 --resume --no-save_tb")
     assert not (tmp_path / "sweep").exists()
 
 
