@@ -220,7 +220,8 @@ def test_links_are_followed_and_each_run_counts_once(tmp_path, capsys):
         (shown / name).symlink_to(target)
     for circle in ("circle", "another", "and another"):  # each of which leads to all others
         (shown / circle).symlink_to(shown)
-    assert sorted(plot.read_runs([shown, shown, run])["return"]) == [0, 0, 10, 20]
+    for folders in ([shown], [shown, shown, run]):
+        assert sorted(plot.read_runs(folders)["return"]) == [0, 0, 10, 20]
     assert sorted(plot.read_runs([run, old])["return"]) == [0, 0, 10, 30]
     assert capsys.readouterr().err == ""
 
@@ -262,6 +263,12 @@ def test_pictures(tmp_path):
     assert [name for name in names if "here" in name] == here
     lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
     assert lines[here[2]].get_xydata().tolist() == [[0, 0], [40_000, 10], [80_000, 100]]
+    drq = {bar.get_label(): bar.lines[0].get_ydata().tolist() for bar in figure.axes[0].containers}
+    assert drq == {
+        f"{name}, DrQ paper's table": [score] for name, score in {"SAC:state": 228, "SAC+AE:pixel": 240}.items()
+    }
+    assert "SAC:state, published figure" not in lines
+    assert lines["SAC:pixel, published figure"].get_xdata().tolist() == [100_000]
 
 
 def test_files_appear_whole_and_are_the_same_for_the_same_runs(tmp_path, monkeypatch):
