@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -215,12 +215,13 @@ def table(runs: list[Job]) -> str:
 def carry_out(runs: list[Job], args: argparse.Namespace, stop: Stop) -> None:
     """Has Ray run what waits, and shows how far it is, until a signal stops it."""
     reported, tasks, console = time.monotonic(), dict[Any, Job](), Console(markup=False, highlight=False)
+    shown = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else nullcontext()
     with stop.listen():
         try:
             for run in (run for run in runs if run.state == "waits"):
                 options = run_train.options(num_cpus=args.cpus_per_run, num_gpus=args.gpus_per_run, memory=run.memory)
                 tasks[options.remote(run.flags, run.work_dir)] = run
-            with Live(console=console, auto_refresh=False, transient=True) as live:
+            with shown as live:
                 while tasks and stop.number is None:
                     for task in ray.wait(list(tasks), timeout=2)[0]:
                         run = tasks.pop(task)
@@ -228,7 +229,7 @@ def carry_out(runs: list[Job], args: argparse.Namespace, stop: Stop) -> None:
                         report.show(run.outcome)
                     for run in tasks.values():
                         run.state = "runs" if run.printed() else "waits"
-                    if console.is_terminal:
+                    if live is not None:
                         live.update(table(runs), refresh=True)
                     elif time.monotonic() - reported > 600:
                         report.show(table(runs))

@@ -217,8 +217,17 @@ def children_of(process):
     return children
 
 
-@pytest.mark.parametrize("moment", ["starting", "evaluating", "training"])
-@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("ending", "moment"),
+    [
+        (signal.SIGKILL, "starting"),
+        (signal.SIGKILL, "evaluating"),
+        (signal.SIGINT, "starting"),
+        (signal.SIGINT, "training"),
+        (signal.SIGTERM, "evaluating"),
+        (signal.SIGTERM, "training"),
+    ],
+)
 def test_no_process_outlives_the_run(tmp_path, ending, moment):
     """Killed, interrupted by a terminal, or stopped by a scheduler, which signals each process of a job."""
     flags = [*SMALL, *METHODS["sac_state"], "--eval_workers", "2", "--num_train_steps", "100000"]

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -15,9 +14,8 @@ import psutil
 import pytest
 import ray
 from folders import assert_gone, outcome, step_of
-from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 from ray.cluster_utils import Cluster
-from runs import read_log
+from runs import assert_refused, read_log
 
 import sweep
 import train
@@ -27,7 +25,6 @@ TINY = (
     "--image_size 16 --num_layers 2 --num_filters 4 --hidden_dim 16 --batch_size 8 --init_steps 40 --action_repeat 50 "
     "--num_train_steps 100 --eval_freq 60 --num_eval_episodes 2 --eval_workers 1 --device cpu"
 ).split()
-LONGER = [*TINY, "--num_train_steps", "500", "--eval_freq", "250", "--checkpoint_freq", "20"]
 STATE = "--encoder_type identity --decoder_type identity --domain_name cartpole --task_name swingup".split()
 ONE = ["--tasks", "cartpole_swingup", "--methods", "sac_state"]
 
@@ -72,12 +69,7 @@ def test_bad_input(tmp_path, capsys, monkeypatch, flags, words):
 
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0, "memory": 8e9}}])
-    with pytest.raises(SystemExit) as exit_:
-        sweep.main(["--work_dir", str(tmp_path / "sweep"), *flags])
-    assert exit_.value.code == 2
-    error = capsys.readouterr().err
-    assert words in error
-    assert error.count("\n") == 1
+    assert_refused(capsys, ["--work_dir", str(tmp_path / "sweep"), *flags], words, program=sweep)
     assert not (tmp_path / "sweep").exists()
 
 
@@ -166,19 +158,20 @@ def started(work_dir, *flags, stdout=subprocess.PIPE):
             process.kill()
 
 
-@pytest.mark.parametrize(("number", "running"), [(signal.SIGTERM, 2), (signal.SIGINT, 1)])
-def test_stopping_a_sweep(tmp_path, number, running):
-    """The runs write checkpoints, and nothing is left behind. Before that, a run that is killed goes on."""
+@pytest.mark.parametrize(("number", "running", "victim"), [(signal.SIGTERM, 2, "run"), (signal.SIGINT, 1, "worker")])
+def test_stopping_a_sweep(tmp_path, number, running, victim):
+    """The runs write checkpoints, and nothing is left behind. Before that, one goes on that was killed, or lost Ray."""
     folders = [tmp_path / f"cartpole_swingup-sac_state-{seed + 1}" for seed in range(running)]
     share = str(cores() / running)  # if one of two runs is running, the other one waits
     with started(tmp_path, "--seeds", "2", "--cpus_per_run", share) as process:
         wait_for(lambda: all((folder / "train.log").exists() for folder in folders))
-        if number == signal.SIGTERM:
-            command = [sys.executable, str(sweep.ROOT / "train.py")]
-            children = psutil.Process(process.pid).children(recursive=True)
-            next(child for child in children if child.cmdline()[:2] == command).kill()
-            wait_for(lambda: sum((folder / "output.log").read_text().count("action:") for folder in folders) == 3)
-            wait_for(lambda: all((folder / "train.log").read_text() for folder in folders))
+        command = [sys.executable, str(sweep.ROOT / "train.py")]
+        children = psutil.Process(process.pid).children(recursive=True)
+        run = next(child for child in children if child.cmdline()[:2] == command)
+        (run if victim == "run" else run.parent()).kill()
+        begun = running + 1
+        wait_for(lambda: sum((folder / "output.log").read_text().count("action:") for folder in folders) == begun)
+        wait_for(lambda: all((folder / "train.log").read_text() for folder in folders))
         others = psutil.Process(process.pid).children(recursive=True)
         if number == signal.SIGINT:
             os.killpg(process.pid, number)  # as a terminal does
@@ -215,43 +208,3 @@ def wait_for(condition):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-def test_losing_a_node(tmp_path, capsys, cluster):
-    """The runs are on two nodes, one of which goes: all end, none twice, and like single runs."""
-    names = [f"cartpole_swingup-sac_state-{seed}" for seed in (1, 2)]
-    node = cluster.add_node(num_cpus=2)
-    lost = threading.Thread(target=lose, args=(cluster, node))
-    lost.start()
-    joined = ["--address", cluster.address, "--work_dir", str(tmp_path / "sweep"), *ONE]
-    try:
-        status = sweep.main([*joined, "--seeds", "2", "--cpus_per_run", "2", "--", *LONGER])
-    finally:
-        lost.join()
-    output = capsys.readouterr()
-    assert status == 0, output
-    assert [output.out.count(f"{name} has ended") for name in names] == [1, 1]
-    stayed, moved = sorted((tmp_path / "sweep" / name for name in names), key=starts)
-    assert (starts(stayed), starts(moved)) == (1, 2)
-    assert "resuming at step" in (moved / "output.log").read_text()
-    single = tmp_path / "single"
-    assert train.main([*LONGER, *STATE, "--seed", moved.name[-1], "--work_dir", str(single)]) == 0
-    assert outcome(moved) == outcome(single)
-
-
-def lose(cluster, node):
-    """Takes the node from the cluster when its run has a checkpoint."""
-    raylet = psutil.Process(node.all_processes[PROCESS_TYPE_RAYLET][0].process.pid)
-
-    def saved():
-        for process in raylet.children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):
-                for word in process.cmdline():
-                    if word.startswith("--work_dir=") and step_of(Path(word.partition("=")[2])):
-                        return True
-        return False
-
-    try:
-        wait_for(saved)
-    finally:
-        cluster.remove_node(node, allow_graceful=False)
