@@ -142,14 +142,11 @@ def make_runs(args: argparse.Namespace) -> list[Job]:
         if task in published:
             values["action_repeat"] = given.get("action_repeat", published[task])
             values["num_train_steps"] = PUBLISHED_BUDGET // values["action_repeat"]
-        runs.append(Job(words(values | given | {"resume": True}), args.memory_per_run))
+        shown = (values | given | {"resume": True}).items()
+        switches = {True: "--", False: "--no-"}
+        flags = [f"{switches[value]}{key}" if isinstance(value, bool) else f"--{key}={value}" for key, value in shown]
+        runs.append(Job(flags, args.memory_per_run))
     return runs
-
-
-def words(flags: dict[str, Any]) -> list[str]:
-    """Flags as the words of a command line, each once."""
-    switches = {True: "--", False: "--no-"}
-    return [f"{switches[v]}{k}" if isinstance(v, bool) else f"--{k}={v}" for k, v in flags.items()]
 
 
 def memory(args: argparse.Namespace) -> int:
