@@ -157,11 +157,13 @@ def test_a_run_may_be_in_a_folder_named_model(run):
     assert evaluate.run_folder(moved) == evaluate.run_folder(moved / "model") == moved
 
 
-def test_a_checkpoint_serves_where_no_models_were_saved(run, capsys):
-    """The run's end is both: the same returns."""
-    saved = play(run)
+def test_a_checkpoint_serves_where_no_models_were_saved(run, capsys, monkeypatch):
+    """The run's end is both: the same returns. Its index is read once."""
+    saved, read, folders = play(run), evaluate.read_checkpoint, []
     shutil.rmtree(run / "model")
+    monkeypatch.setattr(evaluate, "read_checkpoint", lambda folder: folders.append(folder) or read(folder))
     assert main(run) == 0
+    assert folders == [run]
     assert f"models: {run / 'checkpoint'}, step 30\n" in capsys.readouterr().out
     assert play(run) == play(run, "--step", 30) == saved
     assert_refused(capsys, run, [run, "--step", 20], "holds no models of step 20")
