@@ -102,8 +102,6 @@ def bench_replay(kind: str, rounds: int) -> None:
     if ON_GPU:
         replays["each frame once, on the GPU"] = make_replay(kind, frames_device=DEVICE)
     replays["plain: both stacks of every transition, host memory"] = make_replay(kind, PlainReplay)
-    for name, replay in replays.items():
-        report.show(f"{name}: {replay.nbytes:,} bytes for {CAPACITY:,} transitions")
     # The observation continues itself, so that one frame of a transition is new.
     still = OBS[kind], np.zeros(ACTION_SHAPE), 0.5, OBS[kind], False
     adds: Calls = {name: partial(replay.add, *still) for name, replay in replays.items()}
@@ -183,19 +181,16 @@ def bench_env(kind: str, rounds: int) -> None:
 
 def bench_eval(kind: str, rounds: int) -> None:
     """An evaluation of ten short episodes: side by side, and one after the other."""
-    (agent, plain), workers = make_agents(kind), min(10, cores())
+    (agent, plain), calls = make_agents(kind), Calls()
     with contextlib.ExitStack() as resources:
-
-        def evaluation(act: Callable[..., Any], num_envs: int, num_workers: int) -> Callable[[], Any]:
+        for name, act, num_envs, num_workers in (
+            (f"{min(10, cores())} processes", agent.select_actions, 10, cores()),
+            ("in this process", agent.select_actions, 10, 1),
+            ("plain", plain.act, 1, 1),
+        ):
             envs = SideBySide(lambda: TimeLimit(train.make_env(flags(kind), 1), 25), num_envs, num_workers)
-            resources.enter_context(contextlib.closing(envs))
-            return lambda: list(play(envs, range(10), act))
-
-        calls = {
-            f"{workers} processes": evaluation(agent.select_actions, 10, workers),
-            "in this process": evaluation(agent.select_actions, 10, 1),
-            "plain": evaluation(plain.act, 1, 1),
-        }
+            moments = partial(play, resources.enter_context(contextlib.closing(envs)), range(10), act)
+            calls[name] = lambda moments=moments: list(moments())  # type: ignore[misc]
         compare(f"Evaluation, {kind}: ten episodes of 25 decisions", calls, rounds)
 
 

@@ -11,28 +11,34 @@ import argparse
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 import train
 from errors import UserError
-from files import read_json
+from files import read_json, writing
 from sac_ae import Count, Precision, SacAeAgent
 from support import report
-from support.checkpoint import check_writable, load_agent, read_checkpoint
+from support.checkpoint import load_agent, read_checkpoint
 from support.evaluation import MAX_ENVS, SideBySide, play
-from support.flags import OneLineParser, number, user_path
+from support.flags import OneLineParser, number, settings_of, user_path
 from support.machine import check_bf16, check_device, cores, try_out
 from support.signals import Stop, Stopped
 from utils import rgb
 from video import write_video
 
 MODEL = re.compile(r"(?!target_)(\w+)_(\d+)\.pt")  # the authors' script saves no target
+# Flags that playing does not need: their values in an args.json do not matter.
+ONLY_TRAINING = re.compile(
+    r".*_(lr|beta|tau|freq|lambda)|(actor_log_std|init|num_eval|replay)_\w+|batch_size|compile|discount"
+)
 PANEL = 256  # height and width of each of a video's pictures
 
 
@@ -54,8 +60,14 @@ def make_parser() -> OneLineParser:
     return parser
 
 
-def find_models(work_dir: Path, step: int | None) -> tuple[Path | None, int]:
-    """Folder and step of a run's models: those of `step`, or the newest. No folder: the run's checkpoint.
+def run_folder(path: Path) -> Path:
+    """The run's folder: `path`, which may also be the folder `model` in it."""
+    is_model = path.absolute().name == "model" and not (path / "args.json").exists()
+    return path.absolute().parent if is_model else path
+
+
+def find_models(work_dir: Path, step: int | None) -> tuple[Path, int, dict[str, Any] | None]:
+    """Folder and step of the models of `step`, or of the newest. If none were saved, the checkpoint's, and its index.
 
     Raises UserError if there are none.
     """
@@ -72,44 +84,45 @@ def find_models(work_dir: Path, step: int | None) -> tuple[Path | None, int]:
             close = sorted(sorted(steps, key=lambda saved: abs(saved - step))[:3])
             raise UserError(f"{folder} holds no models of step {step}; close ones: {', '.join(map(str, close))}")
         if steps:
-            return folder, max(steps) if step is None else step
+            return folder, max(steps) if step is None else step, None
     if (saved := read_checkpoint(work_dir)) and step in (None, saved["progress"]["step"]):
-        return None, saved["progress"]["step"]
+        return work_dir / "checkpoint", saved["progress"]["step"], saved
     wanted = "" if step is None else f" of step {step}"
     raise UserError(f"{work_dir} holds no models{wanted} (actor_STEP.pt, ...): train.py writes them with --save_model")
 
 
-def args_file(work_dir: Path) -> Path:
-    """The run's args.json, which may be missing; `work_dir` may be the folder `model` in the run's folder."""
-    folder = work_dir.absolute()
-    in_parent = folder.name == "model" and not (folder / "args.json").exists()
-    return (folder.parent if in_parent else folder) / "args.json"
+def training_flags(path: Path, words: list[str]) -> argparse.Namespace:
+    """The flags that the models were trained with: those of an args.json that playing needs, if it is there, and words.
 
-
-def training_flags(work_dir: Path, words: list[str]) -> argparse.Namespace:
-    """The flags that the models were trained with: those of the run's args.json, if there is one, and `words`.
-
-    A value there that train.py would not take is replaced by the flag's default, with a note on stderr.
+    Raises UserError if the file is damaged, or if train.py would not take a value there that `words` do not replace.
     """
-    parser, path = train.make_parser(), args_file(work_dir)
-    content = read_json(path) if path.exists() else {}
+    parser = train.make_parser()
+    content, given = read_json(path) if path.exists() else {}, parser.given(words)
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: it holds no flags")
-    flags = {name: value for name, value in content.items() if parser.resume.get(name) == "fixed" and value is not None}
-    for name, value in list(flags.items()):
+    names = {name for name, kind in parser.resume.items() if kind == "fixed" and not ONLY_TRAINING.fullmatch(name)}
+    flags = {name: value for name, value in content.items() if name in names - given.keys() and value is not None}
+    for name, value in flags.items():
         if not parser.allows(name, value):
-            report.say(f"note: {name} cannot be {value!r:.100}, as in {path}: without --{name} its default is used")
-            del flags[name]
-    return parser.parse_args(words, argparse.Namespace(**flags))
+            raise UserError(f"{name} cannot be {value!r:.100}, as in {path}; flags given replace those of the file")
+    agent = train.AGENTS[given.get("agent") or flags.get("agent") or parser.get_default("agent")]
+    foreign = settings_of(train.AGENTS.values()).keys() - settings_of([agent]).keys()  # if --agent names another
+    return parser.parse_args(words, argparse.Namespace(**{name: flags[name] for name in flags.keys() - foreign}))
 
 
 def check_video(path: Path) -> None:
-    """Raises UserError if a video cannot be written there."""
+    """Raises UserError if a video cannot be written there, which a small one, in a folder for a moment, shows."""
     if path.suffix != ".mp4":
         raise UserError(f"video {path} must end in .mp4")
     if os.path.lexists(path):
         raise UserError(f"video {path} exists already: choose another, or move it away")
-    check_writable(path.parent, f"the folder of video {path}")
+    existing = next(part for part in path.absolute().parents if os.path.lexists(part))
+    with writing(path), tempfile.TemporaryDirectory(prefix=".video.", dir=existing) as folder:
+        trial = Path(folder) / path.name
+        try:
+            write_video(trial, [np.zeros((PANEL, PANEL, 3), np.uint8)])
+        except UserError as error:
+            raise UserError(str(error).replace(str(trial), str(path))) from error
 
 
 class Player:
@@ -119,41 +132,35 @@ class Player:
     """
 
     def __init__(self, args: argparse.Namespace, words: list[str], resources: ExitStack):
-        self.work_dir, self.video = Path(args.work_dir), None if args.video is None else Path(args.video)
-        self.folder, self.step = find_models(self.work_dir, args.step)
-        flags = training_flags(self.work_dir, words)
+        work_dir, self.video = run_folder(Path(args.work_dir)), None if args.video is None else Path(args.video)
+        self.folder, self.step, saved = find_models(work_dir, args.step)
+        precision = [] if args.precision is None else ["--precision", args.precision]
+        flags = training_flags(path := work_dir / "args.json", [*words, *precision])
         check_device(args.device)
         if args.precision == "bf16":  # that of the run was good where it was trained
             check_bf16(args.device)
         if self.video is not None:
             check_video(self.video)
-        flags.device, flags.precision = args.device, args.precision or flags.precision
-        flags.save_video, flags.save_tb = self.video is not None, False
+        flags.device, flags.save_video, flags.save_tb = args.device, self.video is not None, False
         make_env = partial(train.make_env, flags, flags.seed)
         with closing(make_env()) as env:
             try_out(env, flags)
             self.agent = train.make_agent(flags, env.observation_space.shape, env.action_space.shape)
-        self.load(words)
+        try:
+            if saved is None:
+                self.agent.load(self.folder, self.step)
+            else:
+                load_agent(self.agent, work_dir, saved)
+        except UserError as error:
+            hint = f"; the flags given replace those of {path}" if words else ""
+            if not path.exists():
+                hint = "; without an args.json give the flags that it was trained with"
+            raise UserError(f"{error}{hint}") from error
+        self.agent.train(False)
         self.seeds = [episode_seed(args.seed, episode) for episode in range(args.episodes)]
         envs = SideBySide(make_env, min(args.episodes, MAX_ENVS), args.eval_workers)
         self.envs, self.stop = resources.enter_context(closing(envs)), Stop()
         self.seen: list[tuple[np.ndarray, np.ndarray]] = []  # scene and observation, for the video
-
-    def load(self, words: list[str]) -> None:
-        """Loads the models into the agent, in evaluation mode. Raises UserError if they do not fit the flags."""
-        try:
-            if self.folder is not None:
-                self.agent.load(self.folder, self.step)
-            elif saved := read_checkpoint(self.work_dir):
-                load_agent(self.agent, self.work_dir, saved)
-        except UserError as error:
-            path, hint = args_file(self.work_dir), ""
-            if not path.exists():
-                hint = "; without an args.json give the flags that it was trained with"
-            elif words:
-                hint = f"; the flags given replace those of {path}"
-            raise UserError(f"{error}{hint}") from error
-        self.agent.train(False)
 
     def play(self) -> np.ndarray:
         """Plays the episodes and keeps what a video needs of the first one; their returns (N,).
@@ -213,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
             player = Player(args, words, resources)
         resources.enter_context(player.stop.listen())
         try:
-            report.show(f"models: {player.folder or player.work_dir / 'checkpoint'}, step {player.step}")
+            report.show(f"models: {player.folder}, step {player.step}")
             returns = player.play()
             for episode, (seed, value) in enumerate(zip(player.seeds, returns, strict=True)):
                 report.show(f"episode {episode}, seed {seed}: return {value:.4f}")

@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -46,36 +45,33 @@ COLUMNS = ["task", "method", "seed", "environment steps", "return", "deviation b
 matplotlib.rcParams["svg.hashsalt"] = "curves"  # the same runs give the same file
 
 
-def find_runs(folder: Path) -> list[Path]:
-    """Returns the folders with an args.json in and below a folder, without those that --overwrite has moved away.
+def find_runs(folder: Path) -> dict[Path, Path]:
+    """Folders with an args.json in and below a folder, by what they resolve to; without those that --overwrite moved.
 
     Follows symbolic links, also those in circles.
     """
-    found, seen = [], set()
+    found, seen = {}, set[Path]()
     for path, folders, files in os.walk(folder, followlinks=True):
-        replaced = Path(path) != folder and REPLACED.fullmatch(path)
-        if (real := Path(path).resolve()) in seen or replaced:
+        if (real := Path(path).resolve()) in seen or (Path(path) != folder and REPLACED.fullmatch(path)):
             folders.clear()  # a link to a folder above would not end
         elif "args.json" in files:
-            found.append(Path(path))
+            found[real] = Path(path)
         seen.add(real)
-    return sorted(found)
+    return found
 
 
 def read_runs(folders: Iterable[Path]) -> pd.DataFrame:
     """Reads the runs in and below the folders, each once. Leaves unreadable ones out, with a line on stderr."""
-    paths: dict[Path, Path] = {}  # by what they resolve to
+    paths, runs = dict[Path, Path](), [pd.DataFrame()]
     for folder in folders:
-        found = find_runs(folder)
-        paths |= {path.resolve(): path for path in found}
+        paths |= (found := find_runs(folder))
         if not found:
-            print(f"{folder}: there is no run, nothing with an args.json", file=sys.stderr)
-    runs = [pd.DataFrame()]  # if there is no run
-    for path in paths.values():
+            report.say(f"{folder}: there is no run, nothing with an args.json")
+    for path in sorted(paths.values()):
         try:
             runs.append(read_run(path))
         except UserError as error:
-            print(f"{path} is left out: {error}", file=sys.stderr)
+            report.say(f"{path} is left out: {error}")
     return pd.concat(runs, ignore_index=True)
 
 
@@ -89,29 +85,26 @@ def read_run(folder: Path) -> pd.DataFrame:
     with reading(path := folder / "args.json"):
         flags = json.loads(path.read_text())
         repeat = int(flags["action_repeat"])  # environment steps per step; the authors log steps only
-        task, seed = f"{flags['domain_name']}_{flags['task_name']}", int(flags["seed"])
         method, agent = TITLES[flags["encoder_type"], flags["decoder_type"]], flags.get("agent", "sac_ae")
+        columns = {
+            "task": f"{flags['domain_name']}_{flags['task_name']}",
+            "method": method if agent == "sac_ae" else f"{method} ({agent})",
+            "seed": int(flags["seed"]),
+        }
     with reading(path := folder / "eval.log"):
         log = pd.DataFrame([dict(json.loads(line)) for line in path.read_text().split("\n")[:-1]])
         log = log.reindex(columns=["environment_steps", "step", "episode_reward", "episode_reward_std"]).astype(float)
         steps, returns = log["environment_steps"].fillna(log["step"] * repeat), log["episode_reward"]
         if log.empty or (steps.diff() <= 0).any() or not np.isfinite([steps, returns]).all():
             raise ValueError("there are no evaluations, their steps do not rise, or a number is missing")
-    with reading(path := folder / "starts.log"):  # of the run's parts, each from its step on
-        starts = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        commits = [[start["commit"] for start in starts if start["step"] * repeat <= step] for step in steps]
-    columns = {
-        "task": task,
-        "method": method if agent == "sac_ae" else f"{method} ({agent})",
-        "seed": seed,
-        "environment steps": steps.astype(int),
-        "return": returns,
-        "deviation between episodes": log["episode_reward_std"],
-        "commit": [names[-1] if names else "" for names in commits],
-        "run": folder,
-        "end": steps.iloc[-1],
-    }
-    return pd.DataFrame(columns | {f"--{name}": str(value) for name, value in flags.items() if name not in FREE})
+    columns |= {"environment steps": steps.astype(int), "return": returns, "run": folder, "end": steps.iloc[-1]}
+    columns |= {"deviation between episodes": log["episode_reward_std"], "commit": ""}
+    runs = pd.DataFrame(columns | {f"--{name}": str(value) for name, value in flags.items() if name not in FREE})
+    if (path := folder / "starts.log").exists():
+        with reading(path):
+            for start in map(json.loads, path.read_text().splitlines()):  # each with the step from which it goes on
+                runs.loc[steps >= start["step"] * repeat, "commit"] = start["commit"]
+    return runs
 
 
 def read_published(path: Path) -> pd.DataFrame:
@@ -185,15 +178,16 @@ def draw(evaluations: pd.DataFrame, published: pd.DataFrame) -> Figure:
             axis.fill_between(means.index, means["low"], means["high"], color=style["color"], alpha=0.2, linewidth=0)
             near = published[published["environment_steps"] <= 1.25 * runs["end"].max()]
             near = near[(near["task"] == task) & (near["method"] == method)].set_index("environment_steps")
-            points = near["mean_return"][near["source"].str.contains("figure")]
-            if len(points):
-                label = f"{method}, published figure"
-                axis.plot(points, ms=4, mfc="white", linewidth=0.8, label=label, **style | {"linestyle": "--"})
-            points = near[near["source"].str.contains("DrQ") & near.index.isin(BUDGETS)]
-            if len(points):
-                steps = points.index + 0.025 * number * shown["end"].max()  # keeps several methods apart
-                mean, std, label = points["mean_return"], points["std"], f"{method}, DrQ paper's table"
-                axis.errorbar(steps, mean, std, ms=6, capsize=3, mec="black", label=label, **style | {"linestyle": ""})
+            for source in ("figure", "DrQ"):
+                if (points := near[near["source"].str.contains(source)]).empty:
+                    continue
+                if source == "figure":
+                    more = style | {"mfc": "white", "linestyle": "--", "label": f"{method}, published figure"}
+                    axis.plot(points["mean_return"], ms=4, linewidth=0.8, **more)
+                else:
+                    steps = points.index + 0.025 * number * shown["end"].max()  # keeps several methods apart
+                    more = style | {"mec": "black", "linestyle": "", "label": f"{method}, DrQ paper's table"}
+                    axis.errorbar(steps, points["mean_return"], points["std"], ms=6, capsize=3, **more)
         axis.set(title=task.replace("_", " "), xlabel="environment steps", ylabel="return", xlim=(0, None))
         if (shown["return"] >= 0).all():  # as in all tasks of the paper
             axis.set_ylim(-20, 1060)  # a return is at most 1000; a published deviation may reach beyond
@@ -258,7 +252,7 @@ def main(argv: list[str] | None = None) -> None:
         if evaluations.empty:
             raise UserError("there is no run to draw")
         for line in notes(evaluations):
-            print(line, file=sys.stderr)
+            report.say(line)
         write_files(out, evaluations, published)
     with report.one_line(parser.fail):
         report.show((out / "scores.md").read_text().rstrip())

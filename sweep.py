@@ -16,20 +16,21 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 try:
     import ray
-    from rich.console import Console, Group
+    from rich.console import Console
     from rich.live import Live
-    from rich.table import Table
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
     print(f"sweep.py: error: {error}: use `make sweep`, or pip install -r requirements-sweep.txt", file=sys.stderr)
     sys.exit(2)
+
+import pandas as pd
 
 import dmc2gym
 import train
@@ -91,26 +92,31 @@ class Job:
         self.name, self.state = self.work_dir.name, "done" if ended else "waits"  # or "runs" or "failed"
         self.old_lines, self.outcome = len(lines_of(self.work_dir / "output.log")), ""
 
-    def finish(self, task: Any) -> str:
-        """Finds out how Ray's task has ended. Returns a line about it."""
+    def finish(self, task: Any) -> None:
+        """Finds out how Ray's task has ended, and says so in `outcome`."""
         try:
             reason = f"status {ray.get(task)}"  # 0, but not ended: this machine does not see the node's work_dir
         except ray.exceptions.RayError as error:
             reason = str(getattr(error, "cause", type(error).__name__))
         self.state = "done" if resume(self.flags)[1] else "failed"
         self.outcome = f"{self.name} {'has ended' if self.state == 'done' else f'failed with {reason}'}"
-        return self.outcome
 
     def printed(self) -> list[str]:
         """The lines that the run has printed in this sweep."""
         return lines_of(self.work_dir / "output.log")[self.old_lines :]
 
-    def last(self, log: str) -> dict[str, Any]:
-        """The last record of a log, whose last line may be half written; an empty one if there is none yet."""
-        for line in reversed(lines_of(self.work_dir / log)):
-            with suppress(ValueError):
-                return json.loads(line)
-        return {}
+    def row(self) -> dict[str, str]:
+        """How far the run is."""
+        logs: dict[str, dict[str, Any]] = {"train": {}, "eval": {}}  # their last lines
+        for name in logs:
+            for line in lines_of(self.work_dir / f"{name}.log")[-2:]:  # the last one may be half written
+                with suppress(ValueError):
+                    logs[name] = json.loads(line)
+        step, total = max(log.get("step", 0) for log in logs.values()), self.args.num_train_steps
+        speed, last = logs["train"].get("decisions_per_second"), logs["eval"].get("episode_reward")
+        left = f"{(total - step) / speed / 3600:.1f} h" if speed and self.state == "runs" else self.state
+        shown = {"run": self.name, "decisions": f"{step:,} / {total:,}", "a second": f"{speed:.1f}" if speed else ""}
+        return shown | {"last return": "" if last is None else f"{last:.1f}", "left": left}
 
 
 def make_runs(args: argparse.Namespace) -> list[Job]:
@@ -134,10 +140,12 @@ def make_runs(args: argparse.Namespace) -> list[Job]:
         values |= {"encoder_type": encoder, "decoder_type": decoder, "seed": seed}
         values |= {"work_dir": folder / f"{task}-{method}-{seed}", "eval_workers": max(1, int(args.cpus_per_run))}
         if task in published:
-            repeat = given.get("action_repeat", published[task])
-            values |= {"action_repeat": repeat, "num_train_steps": PUBLISHED_BUDGET // repeat}
-        flags = [f"--{key}={value}" for key, value in values.items() if key not in given]
-        runs.append(Job([*flags, *args.flags, "--resume"], args.memory_per_run))
+            values["action_repeat"] = given.get("action_repeat", published[task])
+            values["num_train_steps"] = PUBLISHED_BUDGET // values["action_repeat"]
+        shown = (values | given | {"resume": True}).items()
+        switches = {True: "--", False: "--no-"}
+        flags = [f"{switches[value]}{key}" if isinstance(value, bool) else f"--{key}={value}" for key, value in shown]
+        runs.append(Job(flags, args.memory_per_run))
     return runs
 
 
@@ -193,41 +201,38 @@ def start_ray(args: argparse.Namespace, largest: Job) -> None:
         raise UserError(f"no node has the {shares} that {largest.name} asks for: ask for less")
 
 
-def table(runs: list[Job]) -> Group:
+def table(runs: list[Job]) -> str:
     """How far each run is. Those that are running come first: a terminal shows as many rows as it has room for."""
     count = [run.state for run in runs].count
     title = f"{count('done')} of {len(runs)} runs have ended, {count('runs')} are running, {count('failed')} failed"
-    rows = Table("run", "decisions", "a second", "last return", "left", box=None)
-    for run in sorted(runs, key=lambda run: run.state != "runs"):
-        training, evaluation, total = run.last("train.log"), run.last("eval.log"), run.args.num_train_steps
-        step, speed = max(training.get("step", 0), evaluation.get("step", 0)), training.get("decisions_per_second")
-        left = f"{(total - step) / speed / 3600:.1f} h" if speed and run.state == "runs" else run.state
-        last_return = f"{evaluation['episode_reward']:.1f}" if evaluation else ""
-        rows.add_row(run.name, f"{step:,} / {total:,}", f"{speed:.1f}" if speed else "", last_return, left)
-    return Group(title, rows)
+    rows = [run.row() for run in sorted(runs, key=lambda run: run.state != "runs")]
+    return f"{title}\n{pd.DataFrame(rows).to_string(index=False)}"
 
 
-def carry_out(runs: list[Job], args: argparse.Namespace, console: Console, stop: Stop) -> None:
+def carry_out(runs: list[Job], args: argparse.Namespace, stop: Stop) -> None:
     """Has Ray run what waits, and shows how far it is, until a signal stops it."""
-    reported, tasks = time.monotonic(), dict[Any, Job]()
+    reported, tasks, console = time.monotonic(), dict[Any, Job](), Console(markup=False, highlight=False)
+    shown = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else nullcontext()
     with stop.listen():
         try:
             for run in (run for run in runs if run.state == "waits"):
                 options = run_train.options(num_cpus=args.cpus_per_run, num_gpus=args.gpus_per_run, memory=run.memory)
                 tasks[options.remote(run.flags, run.work_dir)] = run
-            with Live(console=console, auto_refresh=False, transient=True) as live:
+            with shown as live:
                 while tasks and stop.number is None:
                     for task in ray.wait(list(tasks), timeout=2)[0]:
-                        print(tasks.pop(task).finish(task), flush=True)
+                        run = tasks.pop(task)
+                        run.finish(task)
+                        report.show(run.outcome)
                     for run in tasks.values():
                         run.state = "runs" if run.printed() else "waits"
-                    if console.is_terminal:
+                    if live is not None:
                         live.update(table(runs), refresh=True)
                     elif time.monotonic() - reported > 600:
-                        console.print(table(runs))
+                        report.show(table(runs))
                         reported = time.monotonic()
             if stop.number is not None:
-                print("stopping: the runs write checkpoints", flush=True)
+                report.show("stopping: the runs write checkpoints")
         finally:  # also if nothing can be printed, because the terminal is gone
             for task in tasks:
                 ray.cancel(task)
@@ -239,28 +244,23 @@ def carry_out(runs: list[Job], args: argparse.Namespace, console: Console, stop:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    parser, console, stop = make_parser(), Console(markup=False, highlight=False), Stop()
+    parser, stop = make_parser(), Stop()
     args = parser.parse_args(argv)
     with report.one_line(parser.error):
         runs = make_runs(args)
-    waiting = [run for run in runs if run.state == "waits"]
-    try:
+    with report.one_line(parser.fail), ExitStack() as resources:
         if args.dry_run:
             for run in runs:
-                command = shlex.join(["python", "train.py", *run.flags])
-                print(f"{run.name}: about {run.memory / 1e9:.1f} GB, {command}", flush=True)
+                report.show(
+                    f"{run.name}: about {run.memory / 1e9:.1f} GB, {shlex.join(['python', 'train.py', *run.flags])}"
+                )
             return 0
-        if waiting:
+        if waiting := [run for run in runs if run.state == "waits"]:
+            resources.callback(ray.shutdown)
             with report.one_line(parser.error):
                 start_ray(args, max(waiting, key=lambda run: run.memory))
-            carry_out(runs, args, console, stop)
-        console.print(table(runs))
-    except OSError as error:  # stdout is full or gone
-        signals.silence(1)  # or Python fails once more when it exits
-        parser.complain(str(error))
-        return 1
-    finally:
-        ray.shutdown()
+            carry_out(runs, args, stop)
+        report.show(table(runs))
     failed = [run for run in runs if run.state == "failed"]
     for run in failed:
         print(run.outcome, *run.printed()[-5:], sep="\n    ", file=sys.stderr)

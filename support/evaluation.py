@@ -113,20 +113,32 @@ class Child:
 class SideBySide:
     """A fixed number of environments that make decisions together.
 
-    They are spread over at most `num_workers` processes, at most one per environment; 1: only this process.
+    They are spread over at most `num_workers` processes, at most one per environment; 1: only this process. If other
+    processes cannot start or cannot make them, as under a limit of processes, this one makes them all, and says so.
     Raises EpisodeError for any error in another process, but UserError as it is, and if a process has died.
     """
 
     def __init__(self, make_env: Callable[[], Any], num_envs: int, num_workers: int):
         self.num_envs = num_envs
         self._envs: list[Any] = []  # of this process
+        self._children: list[Child] = []
         self._rows = np.array_split(np.arange(num_envs), min(num_workers, num_envs))
-        self._children = [Child() for _ in self._rows] if len(self._rows) > 1 else []
-        try:
-            self.call(make, [make_env] * num_envs)
-        except BaseException:
-            self.close()
-            raise
+        makers, cause = [make_env] * num_envs, ""
+        if len(self._rows) > 1:
+            try:
+                self._children += (Child() for _ in self._rows)
+                self.call(make, makers)
+                return
+            except (OSError, EpisodeError, UserError) as error:
+                cause = str(error).splitlines()[-1]
+                self.close()
+                self._children = []
+        self.call(make, makers)  # if this fails, too, its error is the one that counts
+        if cause:
+            from support import report  # only here: other processes do without PyTorch
+
+            limit = "is there a limit of processes (ulimit -u)?"
+            report.say(f"note: evaluation goes on in this process, because no other can do it ({cause}): {limit}")
 
     def call(self, function: Callable[..., Any], arguments: Sequence[Any]) -> list[Any]:
         """Calls `make`, `reset`, `step` or `render` with argument i for environment i. Returns the values."""

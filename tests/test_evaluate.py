@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -22,6 +23,7 @@ import evaluate
 import train
 from errors import UserError
 from randomness import seed_of
+from sac_ae import SacAeAgent, Settings
 
 # Episodes of 20 decisions, of the simulator and of the toy.
 RUN = [*SMALL, *"--action_repeat 50 --num_train_steps 30 --eval_freq 20 --num_eval_episodes 2 --save_model".split()]
@@ -142,8 +144,8 @@ def test_choice_of_models(tmp_path):
     for name in names + [f"{name}_{step}.pt" for step in (9, 10) for name in ("actor", "critic", "decoder", "more")]:
         (model / name).touch()
     for folder in (tmp_path, model):
-        assert evaluate.find_models(folder, None) == (model, 10)
-        assert evaluate.find_models(folder, 9) == (model, 9)
+        assert evaluate.find_models(folder, None) == (model, 10, None)
+        assert evaluate.find_models(folder, 9) == (model, 9, None)
         with pytest.raises(UserError, match=r"model holds no models of step 30; close ones: 9, 10$"):
             evaluate.find_models(folder, 30)
 
@@ -152,15 +154,16 @@ def test_a_run_may_be_in_a_folder_named_model(run):
     """Its args.json counts, not one in the folder above."""
     moved = run.rename(run.parent / "model")
     (run.parent / "args.json").write_text("{}")
-    assert evaluate.args_file(moved) == moved / "args.json"
-    assert evaluate.args_file(moved / "model") == moved / "args.json"
+    assert evaluate.run_folder(moved) == evaluate.run_folder(moved / "model") == moved
 
 
-def test_a_checkpoint_serves_where_no_models_were_saved(run, capsys):
-    """The run's end is both: the same returns."""
-    saved = play(run)
+def test_a_checkpoint_serves_where_no_models_were_saved(run, capsys, monkeypatch):
+    """The run's end is both: the same returns. Its index is read once."""
+    saved, read, folders = play(run), evaluate.read_checkpoint, []
     shutil.rmtree(run / "model")
+    monkeypatch.setattr(evaluate, "read_checkpoint", lambda folder: folders.append(folder) or read(folder))
     assert main(run) == 0
+    assert folders == [run]
     assert f"models: {run / 'checkpoint'}, step 30\n" in capsys.readouterr().out
     assert play(run) == play(run, "--step", 30) == saved
     assert_refused(capsys, run, [run, "--step", 20], "holds no models of step 20")
@@ -205,30 +208,49 @@ def test_models_of_the_authors_script(runs, tmp_path, capsys):
 
 def test_flags_of_a_run_are_values(run, monkeypatch):
     """They keep their types, as no text would; those that are given replace them."""
-    change_flags(run, discount=1, task_name="--help", compile=False, seed=3)
-    read = evaluate.training_flags(run, ["--action_repeat", "100"])
-    assert (read.task_name, read.compile, read.discount, read.hidden_dim) == ("--help", False, 1, 32)
-    assert read.action_repeat == 100
+    change_flags(run, task_name="--help", seed=3, hidden_dim=0)
+    read = evaluate.training_flags(run / "args.json", ["--hidden_dim", "100"])
+    assert (read.task_name, read.num_layers, read.hidden_dim) == ("--help", 2, 100)
     seeds = []  # tasks may draw from it what all episodes share, as LQR its springs
     monkeypatch.setattr(train, "make_env", lambda args, seed: seeds.append(seed) or make_sliding_env(args, seed))
+    change_flags(run, hidden_dim=32)
     play(run, "--episodes", 2, "--seed", 4)
     assert set(seeds) == {3}
 
 
+def test_values_that_only_training_needs_do_not_matter(run, capsys):
+    """The authors' script takes any number."""
+    want = play(run, "--episodes", 1)
+    numbers = {"alpha_lr": 0.0, "init_temperature": 0, "critic_beta": 1.0, "discount": 1.5, "critic_tau": -1}
+    numbers |= {"actor_update_freq": 0, "decoder_weight_lambda": -1e-7, "actor_log_std_min": 2, "compile": "yes"}
+    numbers |= dict.fromkeys(
+        ("num_eval_episodes", "batch_size", "init_steps", "replay_buffer_capacity", "eval_freq"), 0
+    )
+    change_flags(run, **numbers)
+    assert play(run, "--episodes", 1) == want
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(("name", "value"), [
     ("image_size", "x"), ("image_size", 0), ("image_size", True), ("image_size", 16.5), ("image_size", float("inf")),
-    ("alpha_lr", 0.0), ("num_eval_episodes", 0), ("encoder_type", "vit"), ("agent", []), ("compile", "yes"),
-    ("precision", "fp8"), ("discount", float("nan")),
+    ("encoder_type", "vit"), ("agent", []), ("precision", "fp8"),
 ])  # fmt: skip
 def test_values_that_no_flag_can_have(run, capsys, name, value):
-    """The default serves in their place, with a note."""
-    want = play(run, "--episodes", 1)
+    """They are refused, unless the flag is given."""
+    want, good = play(run, "--episodes", 1), json.loads((run / "args.json").read_text())[name]
     change_flags(run, **{name: value})
-    assert play(run, "--episodes", 1, *MODEL_FLAGS) == want
-    note = f"note: {name} cannot be {value!r}, as in {run / 'args.json'}: without --{name} its default is used\n"
-    assert capsys.readouterr().err == note
-    read, default = evaluate.training_flags(run, []), train.make_parser().get_default(name)
-    assert (getattr(read, name), read.hidden_dim) == (default, 32)
+    assert_refused(capsys, run, [run], f"{name} cannot be {value!r}, as in {run / 'args.json'}")
+    assert play(run, "--episodes", 1, f"--{name}", good or "fp32") == want
+
+
+def test_another_agent_than_that_of_the_run(run, capsys, monkeypatch):
+    """What it does not know is not read from args.json, but refused if it is given."""
+    settings = dataclasses.make_dataclass("Own", [("units", int, 7)], bases=(Settings,), frozen=True, kw_only=True)
+    own = type("OwnAgent", (SacAeAgent,), {"settings_class": settings})
+    monkeypatch.setattr(train, "AGENTS", {"sac_ae": SacAeAgent, "own": own})
+    change_flags(run, agent="own", units=8)
+    assert play(run, "--episodes", 1) == play(run, "--episodes", 1, "--agent", "sac_ae")
+    assert_refused(capsys, run, [run, "--agent", "sac_ae", "--units", 8], "the agent sac_ae has no setting units")
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"[1]", b"3", b"[" * 100_000])
@@ -256,9 +278,7 @@ DAMAGED = "is damaged or does not belong here"
 BAD_FILES = {
     "folder": (lambda path, _: path.unlink() or path.mkdir(), "cannot be read: Is a directory"),
     "truncated": (lambda path, _: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), DAMAGED),
-    "text": (lambda path, _: path.write_text("hello\nworld\n"), DAMAGED),
     "pickle of code": (lambda path, evil: path.write_bytes(pickle.dumps(evil)), DAMAGED),
-    "code": (lambda path, evil: torch.save(evil, path), DAMAGED),
     "code among weights": (changed(lambda state, evil: state | {"x": evil}), DAMAGED),
     "list": (changed(lambda *_: [1, 2]), DAMAGED),
     "fewer": (changed(lambda state, _: dict(list(state.items())[1:])), DAMAGED),
@@ -295,7 +315,8 @@ def test_a_bad_action(run, tmp_path, capsys):
     ("FOLDER/none", "none is not a folder"), ("FOLDER/file.mp4", "file.mp4 is not a folder"),
     ("FOLDER/empty", "empty holds no models (actor_STEP.pt, ...): train.py writes them with --save_model"),
     ("RUN --video FOLDER/file.mp4", "exists already"), ("RUN --video FOLDER/link.mp4", "exists already"),
-    ("RUN --video FOLDER/a.avi", "must end in .mp4"), ("RUN --video FOLDER/file.mp4/b.mp4", "is not a folder"),
+    ("RUN --video FOLDER/a.avi", "must end in .mp4"), ("RUN --video FOLDER/file.mp4/b.mp4", "Not a directory"),
+    (f"RUN --video FOLDER/{250 * 'a'}.mp4", "File name too long"), ("RUN --video /proc/new/a.mp4", "/proc/new/a.mp4"),
 ])  # fmt: skip
 def test_what_is_refused(runs, tmp_path, capsys, flags, words):
     (tmp_path / "file.mp4").write_text("precious")
@@ -315,8 +336,8 @@ def test_pictures_of_a_video(runs, tmp_path, method, panels):
     scenes, stacks = map(np.stack, zip(*player.seen, strict=True))
     assert scenes[:, 0, 0, 1].tolist() == [12 * decision for decision in range(21)]
     assert stacks[:, -3:].min(axis=(1, 2, 3)).tolist() == [10 * decision for decision in range(21)]
-    first = make_sliding_env(evaluate.training_flags(runs / method, []), 1).reset(seed=player.seeds[0])[0]
-    assert np.array_equal(stacks[0], first)
+    args = evaluate.training_flags(runs / method / "args.json", [])
+    assert np.array_equal(stacks[0], make_sliding_env(args, 1).reset(seed=player.seeds[0])[0])
 
     def enlarged(stacks):
         return stacks[:, -3:].repeat(8, axis=2).repeat(8, axis=3).transpose(0, 2, 3, 1)
@@ -337,6 +358,11 @@ def test_scaling_where_sizes_do_not_divide():
     assert picture.shape == (256, 256, 3)
     assert np.array_equal(np.unique(picture), np.arange(3 * 84 * 84))  # no pixel is lost
     assert np.array_equal(picture[[0, 0, 255, 255], [0, 255, 0, 255]], frame[:, [0, 0, 83, 83], [0, 83, 0, 83]].T)
+
+
+def test_without_ffmpeg_nothing_is_played(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "none"))
+    assert_refused(capsys, tmp_path, [runs / "sac_ae", "--video", tmp_path / "v" / "a.mp4"], tmp_path / "v" / "a.mp4")
 
 
 def test_someone_elses_file_is_not_overwritten_by_a_video(runs, tmp_path, capsys, monkeypatch):

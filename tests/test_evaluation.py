@@ -124,15 +124,11 @@ class Faulty(Countdown):
         return (lambda: obs) if a == 4 else obs, *others
 
 
-@pytest.mark.parametrize(
-    ("action", "error", "words"),
-    [
-        (1, EpisodeError, r"Traceback(.*\n)+.*, in step\n(.*\n)*LookupError: a mistake$"),
-        (2, UserError, "^put it right$"),
-        (3, UserError, "^a process that plays evaluation episodes has died$"),
-        (4, EpisodeError, r"Traceback(.*\n)+.*pickle.*lambda"),
-    ],
-)
+@pytest.mark.parametrize(("action", "error", "words"), [
+    (1, EpisodeError, r"Traceback(.*\n)+.*, in step\n(.*\n)*LookupError: a mistake$"), (2, UserError, "^put it right$"),
+    (3, UserError, "^a process that plays evaluation episodes has died$"),
+    (4, EpisodeError, r"Traceback(.*\n)+.*pickle.*lambda"),
+])  # fmt: skip
 def test_errors_in_a_child(action, error, words):
     with contextlib.closing(SideBySide(Faulty, 2, 2)) as envs:
         envs.call(reset, [3, 9])
@@ -151,14 +147,39 @@ def no_env():
 class Unreadable:
     """Cannot be made anew from its pickle, as if a module could not be imported there."""
 
+    def __init__(self, make_env):
+        self.make_env = make_env
+
+    def __call__(self):
+        return self.make_env()
+
     def __reduce__(self):
         return no_env, ()
 
 
-@pytest.mark.parametrize("maker", [no_env, Unreadable()])
-def test_environments_that_cannot_be_made(maker):
-    with pytest.raises(EpisodeError, match=r"in no_env(\n.*)*LookupError: no such environment$"):
-        SideBySide(maker, 2, 2)
+def no_process(*_, **__):
+    raise BlockingIOError(11, "Resource temporarily unavailable")
+
+
+def dying(parent):
+    """Makes an environment, but not in a child."""
+    return Countdown() if os.getpid() == parent else os._exit(3)
+
+
+@pytest.mark.parametrize(("maker", "popen", "cause"), [
+    (Countdown, no_process, "[Errno 11] Resource temporarily unavailable"),
+    (Unreadable(Countdown), subprocess.Popen, "LookupError: no such environment"),
+    (functools.partial(dying, os.getpid()), subprocess.Popen, "a process that plays evaluation episodes has died"),
+])  # fmt: skip
+def test_this_process_makes_environments_if_others_cannot(monkeypatch, capsys, maker, popen, cause):
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    with contextlib.closing(SideBySide(maker, 2, 2)) as envs:
+        assert [obs.tolist() for obs in envs.call(reset, [3, 9])] == [[3], [9]]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"note: evaluation goes on in this process, because no other can do it ({cause})")
+    with pytest.raises(LookupError, match="no such environment"):
+        SideBySide(no_env, 2, 2)
+    assert capsys.readouterr().err == ""
 
 
 def test_children_do_without_pytorch():
@@ -180,8 +201,10 @@ def children_of(process):
     return children
 
 
-@pytest.mark.parametrize("moment", ["starting", "evaluating", "training"])
-@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("ending", "moment"), [
+    (signal.SIGKILL, "starting"), (signal.SIGKILL, "evaluating"), (signal.SIGINT, "starting"),
+    (signal.SIGINT, "training"), (signal.SIGTERM, "evaluating"), (signal.SIGTERM, "training"),
+])  # fmt: skip
 def test_no_process_outlives_the_run(tmp_path, ending, moment):
     """Killed, interrupted by a terminal, or stopped by a scheduler, which signals each process of a job."""
     flags = [*SMALL, *METHODS["sac_state"], "--eval_workers", "2", "--num_train_steps", "100000"]

@@ -161,13 +161,10 @@ def test_another_agent_is_a_method_of_its_own(tmp_path, capsys):
 
 DAMAGES = {
     "empty": b"\n",
-    "other fields": b'{"reward": 3}\n',
     "no text": b"\xff\xfe\n",
     "list": b"[1]\n",
     "order": b"".join(b'{"episode_reward": 1, "environment_steps": %d}\n' % step for step in (0, 8, 4)),
     "no return": b'{"episode_reward": NaN, "environment_steps": 0}\n',
-    "huge": b'{"episode_reward": 1%s, "environment_steps": 0}\n' % (b"0" * 400),
-    "deep": b"[" * 100_000 + b"\n",
     "lists": b'{"episode_reward": [1], "environment_steps": 0}\n',
 }
 
@@ -185,16 +182,19 @@ def test_damaged_runs_are_left_out(tmp_path, capsys, file, damage):
     assert line.startswith(f"{bad} is left out: {bad / file} is damaged")
 
 
-def test_unfinished_runs(tmp_path, capsys):
-    """The last line may be half written. A run without an evaluation is left out."""
-    run, new = make_run(tmp_path / "a", [0, 100]), make_run(tmp_path / "new", [])
+def test_unfinished_runs_and_folders_without_runs(tmp_path, capsys):
+    """The last line may be half written. A run without an evaluation is left out, in a line."""
+    run, new, newer = (make_run(tmp_path / name, values) for name, values in (("a", [0, 100]), ("b", []), ("c", [])))
     with (run / "eval.log").open("a") as file:
         file.write('{"episode_rew')
-    (make_run(tmp_path / "newer", []) / "eval.log").unlink()
-    assert plot.read_runs([tmp_path])["return"].tolist() == [0, 100]
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith(f"{new} is left out: ")
-    assert lines[1:] == [f"{tmp_path / 'newer'} is left out: {tmp_path / 'newer' / 'eval.log'} is missing"]
+    (newer / "eval.log").unlink()
+    (tmp_path / "empty").mkdir()
+    nothing = [tmp_path / "nowhere", run / "eval.log", tmp_path / "empty"]
+    assert plot.read_runs([*nothing, tmp_path])["return"].tolist() == [0, 100]
+    *lines, line, last = capsys.readouterr().err.splitlines()
+    assert lines == [f"{folder}: there is no run, nothing with an args.json" for folder in nothing]
+    assert line.startswith(f"{new} is left out: ")
+    assert last == f"{newer} is left out: {newer / 'eval.log'} is missing"
 
 
 def test_runs_of_the_authors_script(tmp_path):
@@ -208,35 +208,22 @@ def test_runs_of_the_authors_script(tmp_path):
 
 
 def test_links_are_followed_and_each_run_counts_once(tmp_path, capsys):
-    """To a run, to a folder of runs, to the files of a run, and in a circle."""
+    """To a run, to a folder of runs, to the files of a run, and in circles. A run that was replaced must be named."""
     run = make_run(tmp_path / "disk" / "runs" / "a", [0, 10])
     parts = make_run(tmp_path / "disk" / "parts", [0, 20], seed=2)
+    old = make_run(run.parent / "a.20260101-235959", [0, 30])
     shown = tmp_path / "shown"
     (shown / "files").mkdir(parents=True)
     for name in ("args.json", "eval.log"):
         (shown / "files" / name).symlink_to(parts / name)
-    (shown / "run").symlink_to(run)
-    (shown / "folder").symlink_to(run.parent)
+    for name, target in {"run": run, "folder": run.parent, "itself": shown / "itself"}.items():
+        (shown / name).symlink_to(target)
     for circle in ("circle", "another", "and another"):  # each of which leads to all others
         (shown / circle).symlink_to(shown)
-    (shown / "itself").symlink_to(shown / "itself")
-    assert sorted(plot.read_runs([shown, shown, run])["return"]) == [0, 0, 10, 20]
+    for folders in ([shown], [shown, shown, run]):
+        assert sorted(plot.read_runs(folders)["return"]) == [0, 0, 10, 20]
+    assert sorted(plot.read_runs([run, old])["return"]) == [0, 0, 10, 30]
     assert capsys.readouterr().err == ""
-
-
-def test_runs_that_were_replaced_count_only_if_they_are_named(tmp_path):
-    new, old = make_run(tmp_path / "a", [0, 1]), make_run(tmp_path / "a.20260101-235959", [0, 2])
-    assert sorted(plot.read_runs([tmp_path])["return"]) == [0, 1]
-    assert sorted(plot.read_runs([new, old])["return"]) == [0, 0, 1, 2]
-
-
-def test_folders_without_runs(tmp_path, capsys):
-    run = make_run(tmp_path / "run", [0, 1])
-    (tmp_path / "empty").mkdir()
-    folders = [tmp_path / "nowhere", run / "eval.log", tmp_path / "empty"]
-    assert len(plot.read_runs([*folders, run])) == 2
-    lines = [f"{folder}: there is no run, nothing with an args.json" for folder in folders]
-    assert capsys.readouterr().err.splitlines() == lines
 
 
 @pytest.mark.parametrize(
@@ -276,6 +263,12 @@ def test_pictures(tmp_path):
     assert [name for name in names if "here" in name] == here
     lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
     assert lines[here[2]].get_xydata().tolist() == [[0, 0], [40_000, 10], [80_000, 100]]
+    drq = {bar.get_label(): bar.lines[0].get_ydata().tolist() for bar in figure.axes[0].containers}
+    assert drq == {
+        f"{name}, DrQ paper's table": [score] for name, score in {"SAC:state": 228, "SAC+AE:pixel": 240}.items()
+    }
+    assert "SAC:state, published figure" not in lines
+    assert lines["SAC:pixel, published figure"].get_xdata().tolist() == [100_000]
 
 
 def test_files_appear_whole_and_are_the_same_for_the_same_runs(tmp_path, monkeypatch):
