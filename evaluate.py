@@ -24,21 +24,18 @@ import torch
 import train
 from errors import UserError
 from files import read_json, writing
-from sac_ae import Count, Precision, SacAeAgent
+from pictures import quality, rgb, side_by_side, some
+from sac_ae import Count, Precision
 from support import report
 from support.checkpoint import load_agent, read_checkpoint
 from support.evaluation import MAX_ENVS, SideBySide, play
-from support.flags import OneLineParser, number, settings_of, user_path
+from support.flags import OneLineParser, number, user_path
 from support.machine import check_bf16, check_device, cores, try_out
 from support.signals import Stop, Stopped
-from utils import rgb
+from utils import check_finite
 from video import write_video
 
 MODEL = re.compile(r"(?!target_)(\w+)_(\d+)\.pt")  # the authors' script saves no target
-# Flags that playing does not need: their values in an args.json do not matter.
-ONLY_TRAINING = re.compile(
-    r".*_(lr|beta|tau|freq|lambda)|(actor_log_std|init|num_eval|replay)_\w+|batch_size|compile|discount"
-)
 PANEL = 256  # height and width of each of a video's pictures
 
 
@@ -92,22 +89,23 @@ def find_models(work_dir: Path, step: int | None) -> tuple[Path, int, dict[str, 
 
 
 def training_flags(path: Path, words: list[str]) -> argparse.Namespace:
-    """The flags that the models were trained with: those of an args.json that playing needs, if it is there, and words.
+    """The flags that the models were trained with: those of an args.json, if it is there, and `words`.
 
-    Raises UserError if the file is damaged, or if train.py would not take a value there that `words` do not replace.
+    A value there that train.py would not take, as the authors' script may, is a note on stderr, and the flag's default.
     """
     parser = train.make_parser()
     content, given = read_json(path) if path.exists() else {}, parser.given(words)
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: it holds no flags")
-    names = {name for name, kind in parser.resume.items() if kind == "fixed" and not ONLY_TRAINING.fullmatch(name)}
-    flags = {name: value for name, value in content.items() if name in names - given.keys() and value is not None}
-    for name, value in flags.items():
-        if not parser.allows(name, value):
-            raise UserError(f"{name} cannot be {value!r:.100}, as in {path}; flags given replace those of the file")
-    agent = train.AGENTS[given.get("agent") or flags.get("agent") or parser.get_default("agent")]
-    foreign = settings_of(train.AGENTS.values()).keys() - settings_of([agent]).keys()  # if --agent names another
-    return parser.parse_args(words, argparse.Namespace(**{name: flags[name] for name in flags.keys() - foreign}))
+    flags = {}
+    for name, value in content.items():
+        if parser.resume.get(name) != "fixed" or value is None or name in given:
+            continue
+        if parser.allows(name, value):
+            flags[name] = value
+        else:
+            report.say(f"note: {name} cannot be {value!r:.100}, as in {path}: without --{name} its default is used")
+    return parser.parse_args(words, argparse.Namespace(**flags))
 
 
 def check_video(path: Path) -> None:
@@ -160,10 +158,11 @@ class Player:
         self.seeds = [episode_seed(args.seed, episode) for episode in range(args.episodes)]
         envs = SideBySide(make_env, min(args.episodes, MAX_ENVS), args.eval_workers)
         self.envs, self.stop = resources.enter_context(closing(envs)), Stop()
-        self.seen: list[tuple[np.ndarray, np.ndarray]] = []  # scene and observation, for the video
+        self.seen: list[np.ndarray] = []  # observations of the first episode
+        self.scenes: list[np.ndarray] = []  # rendered pictures of it, for the video
 
     def play(self) -> np.ndarray:
-        """Plays the episodes and keeps what a video needs of the first one; their returns (N,).
+        """Plays the episodes and keeps what the first one shows; their returns (N,).
 
         Raises:
             UserError: an action is NaN or infinite, or an environment's process has died.
@@ -171,44 +170,33 @@ class Player:
         """
         for moment in report.progress_bar(play(self.envs, self.seeds, self.act), "evaluation"):
             self.stop.check()
-            if self.video is not None and moment.in_first_episode:
-                self.seen.append((self.envs.render(), moment.obs[0].copy()))
+            if moment.in_first_episode:
+                self.seen.append(moment.obs[0].copy())
+                self.scenes += [] if self.video is None else [self.envs.render()]
         for episode, error in moment.physics_errors.items():
             report.warn_of_divergence(f"episode {episode}, decision {moment.lengths[episode]}", error)
         return moment.returns
 
     def act(self, obs: np.ndarray) -> np.ndarray:
         """Mean actions (N, A) for observations (N, ...)."""
+        check_finite("the environment's observation", obs)
         actions = self.agent.select_actions(obs)
         if not np.isfinite(actions).all():
             raise UserError(f"the policy's action is NaN or infinite: the models of step {self.step} have diverged")
         return actions
 
     def pictures(self) -> Iterator[np.ndarray]:
-        """The video's pictures (H, W, 3)."""
-        for scene, obs in self.seen:
+        """The video's (H, W, 3): the scene and, of pixels, the newest observed frame and its reconstruction."""
+        for scene, obs in zip(self.scenes, self.seen, strict=True):
             self.stop.check()
-            yield picture(self.agent, scene, obs)
+            stacks = [obs] if obs.ndim == 3 else []
+            stacks += [] if self.agent.decoder is None else [self.agent.reconstruct(obs[None])[0]]
+            yield side_by_side([scene, *(rgb(stack).transpose(1, 2, 0) for stack in stacks)], PANEL)
 
 
 def episode_seed(seed: int, episode: int) -> int:
     """Seed of an episode. Its formula is fixed: with `seed_of` the same --seed would select other episodes."""
     return int(np.random.SeedSequence((seed, episode)).generate_state(1)[0])
-
-
-def picture(agent: SacAeAgent, scene: np.ndarray, obs: np.ndarray) -> np.ndarray:
-    """The scene and, of pixels, the newest observed frame and its reconstruction, side by side (H, W, 3)."""
-    stacks = [obs] if obs.ndim == 3 else []
-    if agent.decoder is not None:
-        stacks.append(agent.reconstruct(obs[None])[0])
-    panels = [scene, *(rgb(stack).transpose(1, 2, 0) for stack in stacks)]
-    return np.concatenate([scaled(panel) for panel in panels], axis=1)
-
-
-def scaled(picture: np.ndarray) -> np.ndarray:
-    """A picture (H, W, 3) with PANEL pixels a side, each of its pixels the nearest one."""
-    rows, columns = (np.arange(PANEL) * side // PANEL for side in picture.shape[:2])
-    return picture[rows][:, columns]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -225,6 +213,10 @@ def main(argv: list[str] | None = None) -> int:
             for episode, (seed, value) in enumerate(zip(player.seeds, returns, strict=True)):
                 report.show(f"episode {episode}, seed {seed}: return {value:.4f}")
             report.show(f"mean {returns.mean():.4f}, standard deviation {returns.std():.4f}")
+            if player.agent.decoder is not None:
+                shown = np.stack(some(player.seen))
+                alike = quality(shown, player.agent.reconstruct(shown))
+                report.show("reconstruction: PSNR {psnr:.2f} dB, SSIM {ssim:.4f}".format_map(alike))
             if player.video is not None:
                 write_video(player.video, player.pictures(), overwrite=False)
                 report.show(f"video: {player.video}")

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from errors import UserError
 from files import writing
+from pictures import rgb
 from support.report import show
-from utils import rgb
 
 # The console lines, which show fields of the log files.
 LINES = {

@@ -22,6 +22,7 @@ import dmc2gym
 import utils
 from errors import UserError
 from logger import Logger, log_networks
+from pictures import quality, some
 from randomness import random_action, seed_of
 from sac_ae import Count, NonNegative, SacAeAgent
 from support import report
@@ -224,7 +225,7 @@ def evaluate(run: Run) -> None:
         run.stop.check()  # an interrupted evaluation is played again
         if moment.in_first_episode:
             run.video.record(run.eval_envs)
-            seen += [moment.obs[0].copy()] if args.save_tb else []
+            seen.append(moment.obs[0].copy())
     for episode, error in moment.physics_errors.items():
         report.warn_of_divergence(
             f"step {step}, evaluation episode {episode}, decision {moment.lengths[episode]}", error
@@ -239,9 +240,12 @@ def evaluate(run: Run) -> None:
         "decisions_per_second": moment.lengths.sum() / seconds,
     }
     values |= {"physics_errors": len(moment.physics_errors)} if moment.physics_errors else {}
+    shown = np.stack(some(seen))
+    if agent.decoder is not None:
+        values |= quality(shown, agent.reconstruct(shown))
     log_all(logger, "eval", step, values)
     if args.save_tb:
-        log_networks(logger, agent, np.stack(seen[:: max(1, len(seen) // 8)][:8]), step)
+        log_networks(logger, agent, shown, step)
     save_models(run)
 
 
@@ -320,9 +324,9 @@ def carry_out(run: Run, prog: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    parser = make_parser()
-    with report.one_line(parser.complain), ExitStack() as resources:
-        with report.one_line(parser.error):
+    parser, advice = make_parser(), "; --replay_device cpu or --cuda_graph off leaves a GPU more room"
+    with report.one_line(parser.complain, advice), ExitStack() as resources:
+        with report.one_line(parser.error, advice):
             lock = resources.enter_context(closing(Lock()))
             args, saved = parse_run(parser, argv, lock)
             run, lines = open_run(args, saved, lock, resources)

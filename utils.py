@@ -111,14 +111,6 @@ def check_finite(what: str, *values: Any) -> None:
         raise UserError(f"{what} is NaN or infinite")
 
 
-def rgb(obs: Any) -> Any:
-    """The newest frame in pixels (..., C, H, W), an array or a tensor, as a picture (..., 3, H, W).
-
-    These are the last three channels; of fewer, the first one three times, as grey.
-    """
-    return obs[..., -3:, :, :] if obs.shape[-3] >= 3 else obs[..., [0, 0, 0], :, :]
-
-
 def preprocess_obs(obs: Tensor, bits: int = 5) -> Tensor:
     """The decoder's target: pixels cut to `bits` bits, dithered, in [-0.5, 0.5] (Glow, arXiv 1807.03039).
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 from collections.abc import Iterable
@@ -13,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from errors import UserError
-from files import unfinished
 from support.signals import STOPPING
 
 TIMEOUT = 120  # seconds that ffmpeg may take
@@ -57,7 +57,7 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: int = 30, overwri
         raise UserError(f"video {path} cannot be written: its pictures must be of one shape (H, W, 3), uint8")
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists already, and is not overwritten")
-    temporary, ffmpeg = unfinished(path), "ffmpeg"
+    temporary, ffmpeg = path.with_name(f".{os.getpid()}.sac_ae_tmp"), "ffmpeg"
     try:
         import imageio_ffmpeg  # only here: states need no videos
 

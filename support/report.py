@@ -116,17 +116,17 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 @contextmanager
-def one_line(fail: Callable[[str], Any]) -> Iterator[None]:
+def one_line(fail: Callable[[str], Any], gpu_advice: str = "") -> Iterator[None]:
     """Hands the message of a user's mistake, or of what the machine lacks, to `fail`, and continues after the block.
 
-    Any other exception is a bug and passes, with its traceback.
+    `gpu_advice` is added if a GPU's memory is full. Any other exception is a bug and passes, with its traceback.
     """
     try:
         yield
     except (UserError, MemoryError) as error:
         fail(str(error) or "out of memory")
     except torch.OutOfMemoryError as error:
-        fail(f"{error}; for training, --replay_device cpu or --cuda_graph off leaves a GPU more room")
+        fail(f"{error}{gpu_advice}")
     except RuntimeError as error:
         too_large = "DefaultCPUAllocator" in str(error) or "Storage size calculation overflowed" in str(error)
         if type(error) is not RuntimeError or not too_large:

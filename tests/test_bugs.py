@@ -109,11 +109,11 @@ def test_a_bug(tmp_path, monkeypatch, capfd, ended, where, method, calls, error,
     assert outcome(tmp_path) == outcome(ended[40])
 
 
-@pytest.mark.parametrize("method", ["reset", "step", "render", "picture"])
+@pytest.mark.parametrize("method", ["reset", "step", "render", "side_by_side"])
 def test_a_bug_in_evaluate(tmp_path, monkeypatch, ended, method):
     monkeypatch.setattr(train, "make_env", failing_env("evaluation", method, 0, DISK, training=1))
-    if method == "picture":
-        monkeypatch.setattr(evaluate, "picture", failing(evaluate.picture, 0, DISK))
+    if method == "side_by_side":
+        monkeypatch.setattr(evaluate, "side_by_side", failing(evaluate.side_by_side, 0, DISK))
     command = [str(ended[40]), *"--device cpu --eval_workers 1 --episodes 1 --video".split(), str(tmp_path / "a.mp4")]
     with pytest.raises(OSError, match="Input/output error"):
         evaluate.main(command)

@@ -258,7 +258,7 @@ def find_no_room(*_):
         (SacAeAgent, "update", give_nan_loss, 32, "train_critic/loss became nan at step 30: the run has diverged"),
         (SacAeAgent, "sample_action", give_nan_action, 50, "the policy's action is NaN or infinite at step 30"),
         (SacAeAgent, "select_actions", give_nan_action, 50, "the policy's action is NaN or infinite at step 0"),
-        (SacAeAgent, "update", find_no_room, 50, "Tried to allocate 2 GiB.; for training, --replay_device cpu or"),
+        (SacAeAgent, "update", find_no_room, 50, "Tried to allocate 2 GiB.; --replay_device cpu or"),
     ],
 )
 def test_what_ends_a_run_is_one_line(tmp_path, monkeypatch, capsys, owner, method, replacement, steps, words):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from toy import CountingEnv
 
-from utils import FrameStack, eval_mode, module_hash, preprocess_obs, rgb, set_seed_everywhere
+from utils import FrameStack, eval_mode, module_hash, preprocess_obs, set_seed_everywhere
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -27,13 +27,6 @@ def test_a_frame_stack_observes_the_last_frames(k):
     frames = [range(step + 1 - k, step + 1) for step in range(5)]
     for obs, numbers in zip(observations, [*frames, [5] * k], strict=True):
         assert (obs == np.repeat([max(0, number) for number in numbers], 3)[:, None, None]).all()
-
-
-@pytest.mark.parametrize(("channels", "shown"), [(1, [0, 0, 0]), (3, [0, 1, 2]), (9, [6, 7, 8])])
-@pytest.mark.parametrize("kind", [np.array, torch.tensor])
-def test_the_newest_frame_as_a_picture(kind, channels, shown):
-    stack = kind(np.arange(channels, dtype=np.uint8)[:, None, None] + np.zeros((channels, 4, 5), np.uint8))
-    assert rgb(stack[None])[0, :, 0, 0].tolist() == shown
 
 
 def test_eval_mode_restores_each():

@@ -25,7 +25,7 @@ NOISE = np.random.default_rng(1).integers(0, 256, (40, 64, 64, 3), np.uint8)
 
 
 def test_a_video_reads_back(tmp_path):
-    shades, path = iter(range(20, 160, 20)), tmp_path / "new" / "video" / "100.mp4"
+    shades, path = iter(range(20, 160, 20)), tmp_path / "new" / "video" / f"{251 * 'a'}.mp4"  # the longest name
     env = SimpleNamespace(render=lambda: np.full((33, 41, 3), next(shades), np.uint8)[::-1])  # not contiguous
     recorder = VideoRecorder(path.parent, fps=12)
     recorder.init()
