@@ -183,7 +183,7 @@ def test_episodes_that_do_not_repeat_are_noticed(tmp_path, monkeypatch, capsys, 
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == (length is not None)
     if errors:
-        assert errors[0].startswith("warning: the environment does not repeat its episodes under the same seed")
+        assert errors[0].startswith("warning: the episode under way begins anew")
         steps = [record["step"] for record in read_log(tmp_path / "log" / "train.log")]
         assert steps == [*range(10, step, 10), *range(step + length, 46, length)]
     progress = checkpoint_of(tmp_path / "log")["progress"]
