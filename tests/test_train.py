@@ -50,7 +50,9 @@ def test_a_run(tmp_path, monkeypatch, capsys, method):
     assert [(record["step"], record["environment_steps"]) for record in evaluations] == [(0, 0), (20, 160)]
     losses = {"critic_loss", "actor_loss", "alpha_loss"} | ({"ae_loss"} if method == "sac_ae" else set())
     assert [{key for key in record if key.endswith("_loss")} for record in episodes] == [set(), losses, losses]
-    assert all(math.isfinite(value) for record in episodes for value in record.values())
+    assert all(math.isfinite(value) for record in episodes + evaluations for value in record.values())
+    qualities = {"psnr", "ssim"} if method == "sac_ae" else set()
+    assert all({"psnr", "ssim"} & record.keys() == qualities for record in evaluations)
 
     names = {path.name for folder in ("model", "video", "buffer") for path in (tmp_path / folder).iterdir()}
     networks = ["actor", "critic", "target"] + (["decoder"] if method == "sac_ae" else [])
@@ -62,7 +64,8 @@ def test_a_run(tmp_path, monkeypatch, capsys, method):
         assert all(not torch.equal(first[key], last[key]) for key in first if key.endswith("weight"))
     assert iio.imread(tmp_path / "video" / "20.mp4").shape == (11, 256, 256, 3)
     tags = read_events(tmp_path).Tags()
-    assert {"train_critic/loss", "train/episode_reward", "eval/episode_reward"} <= set(tags["scalars"])
+    shown = {"train_critic/loss", "train/episode_reward", "eval/episode_reward"} | {f"eval/{key}" for key in qualities}
+    assert shown <= set(tags["scalars"])
     assert {"train_actor/trunk.4_weight", "train_critic/Q1.trunk.0_output"} <= set(tags["histograms"])
     assert "eval/video" in tags["images"]
     assert ("eval/observation_and_reconstruction" in tags["images"]) == (method == "sac_ae")
