@@ -17,12 +17,13 @@ class PixelDecoder(nn.Module):
     Arguments are the encoder's; `num_filters` are the channels of each convolution but the last, which has C.
     """
 
-    def __init__(self, obs_shape: tuple[int, ...], feature_dim: int, num_layers: int = 2, num_filters: int = 32):
+    def __init__(self, obs_shape: tuple[int, ...], feature_dim: int, num_layers: int, num_filters: int):
         super().__init__()
         channels, height, width = obs_shape
         self.in_shape = (num_filters, *conv_output_shape(height, width, num_layers))
         self.fc = nn.Linear(feature_dim, math.prod(self.in_shape))
         self.deconvs = nn.ModuleList(nn.ConvTranspose2d(num_filters, num_filters, 3) for _ in range(num_layers - 1))
+        # From side / 2 - 1 to side; without the padding it would be one pixel short.
         self.deconvs.append(nn.ConvTranspose2d(num_filters, channels, 3, stride=2, output_padding=1))
 
     def forward(self, feature: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class PixelEncoder(nn.Module):
         num_filters: channels of each convolution.
     """
 
-    def __init__(self, obs_shape: tuple[int, ...], feature_dim: int, num_layers: int = 2, num_filters: int = 32):
+    def __init__(self, obs_shape: tuple[int, ...], feature_dim: int, num_layers: int, num_filters: int):
         super().__init__()
         if len(obs_shape) != 3:
             raise UserError(f"the pixel encoder takes images, got observations of shape {obs_shape}")
@@ -55,17 +55,16 @@ class PixelEncoder(nn.Module):
         self.ln = nn.LayerNorm(feature_dim)
 
     def forward(self, obs: Tensor) -> Tensor:
-        """Features (B, D) in (-1, 1) of pixels 0..255 (B, C, H, W), uint8 or floating, or of their `forward_conv`."""
+        """Features (B, D) in (-1, 1) of pixels 0..255 (B, C, H, W), uint8 or floating."""
+        return self.forward_head(self.forward_conv(obs))
+
+    def forward_head(self, hidden: Tensor) -> Tensor:
+        """Features (B, D) of the convolutions' output (B, flat)."""
         # Under autocast, too, LayerNorm and what follows compute in the weights' own precision.
-        return torch.tanh(self.ln(self.fc(self.forward_conv(obs)).to(self.ln.weight.dtype)))
+        return torch.tanh(self.ln(self.fc(hidden).to(self.ln.weight.dtype)))
 
     def forward_conv(self, obs: Tensor) -> Tensor:
-        """The convolutions' part of `forward`: pixels to the flat output (B, flat) of the last one.
-
-        A flat input counts as that output and is returned unchanged, so that one pass serves several losses.
-        """
-        if obs.dim() == 2:
-            return obs
+        """The convolutions' output (B, flat) for pixels; it serves several losses."""
         # Pixels are scaled to [0, 1] by scaling the first kernels: the same product, without a pass over the images.
         first, device = self.convs[0], obs.device.type
         scaled = {"weight": first.get_parameter("weight") / 255.0, "bias": first.get_parameter("bias")}
@@ -78,7 +77,7 @@ class PixelEncoder(nn.Module):
         return hidden.flatten(1)
 
     def copy_conv_weights_from(self, source: Any) -> None:
-        """Shares the convolutions' parameters with `source`; linear layer and LayerNorm are not shared."""
+        """Has the convolutions use the parameters of `source`'s, the same objects; nothing else is shared."""
         for src, trg in zip(source.convs, self.convs, strict=True):
             trg.weight, trg.bias = src.weight, src.bias
 
@@ -96,7 +95,7 @@ class IdentityEncoder(nn.Module):
         """States (B, D), as they are."""
         return obs
 
-    forward_conv = forward
+    forward_conv = forward_head = forward
 
     def copy_conv_weights_from(self, source: Any) -> None:
         """There are no convolutions to share."""

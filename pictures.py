@@ -31,6 +31,7 @@ def quality(obs: np.ndarray, reconstruction: np.ndarray) -> dict[str, float]:
 
     frames, images = rgb(obs), rgb(reconstruction)
     window = min(7, *(side - 1 for side in frames.shape[2:]))  # odd, as sides are even; 7 is the usual one
+    # Each channel of each frame counts as a channel of one picture, so that one call gives the mean of all.
     flat, flat_images = (each.reshape(-1, *frames.shape[2:]) for each in (frames, images))
     with np.errstate(divide="ignore"):
         psnr = metrics.peak_signal_noise_ratio(frames, images, data_range=255)

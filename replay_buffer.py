@@ -160,6 +160,7 @@ class ReplayBuffer:
     def _drop_overwritten(self) -> None:
         """Moves `oldest` to the first transition that is still there with all of its frames."""
         self.oldest = max(self.oldest, self.transitions_added - self.capacity)
+        # Frames of numbers below frames_added - len(frames) are overwritten; those of the newest transition never are.
         while self.newest[self.oldest % self.capacity] - self.num_stacked < self.frames_added - len(self.frames):
             self.oldest += 1
 
@@ -228,7 +229,8 @@ class ReplayBuffer:
 
         `saved` are the chunks of the folder's index before, and `index["chunks"]` those of the new one.
         """
-        # A killed run or a copy of this replay may have gone on otherwise, and saved that there.
+        # Only chunks that this object has loaded or written: a killed run or a copy of this replay may have written
+        # other transitions of the same numbers.
         alike = takewhile(lambda chunk: chunk.end <= self._loaded or chunk in self._written, starmap(Chunk, saved))
         chunks = [chunk for chunk in alike if chunk.end > self.oldest]
         if chunks and chunks[0].start() > self.oldest:
@@ -301,7 +303,7 @@ def storage(
         if obs_shape[0] % frame_channels:
             raise ValueError(f"{obs_shape[0]} channels are not a whole number of frames of {frame_channels} channels")
         frame, dtype = (frame_channels, *obs_shape[1:]), torch.uint8
-        room = capacity + capacity // 32 + 2 * obs_shape[0] // frame_channels
+        room = capacity + capacity // 32 + 2 * obs_shape[0] // frame_channels  # two stacks, for a small capacity
     return {
         "frames": ((room, *frame), dtype),
         "newest": ((capacity,), torch.int64),  # number of the newest frame of next_obs

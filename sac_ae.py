@@ -56,7 +56,7 @@ def setting(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Keywords of `SacAeAgent`, which are also flags of train.py."""
+    """Keywords of `SacAeAgent`, which are also flags of train.py. Defaults are those of the authors' script."""
 
     hidden_dim: Count = setting(1024, "units of the hidden layers of actor and critic")
     discount: Fraction = setting(0.99, "discount per decision")
@@ -140,9 +140,10 @@ def weight_init(module: nn.Module) -> None:
 
 
 class ExactLinear(nn.Linear):
-    """A linear layer that computes in its weights' own precision even under autocast.
+    """The last layer of actor and critic: it computes in its weights' own precision even under autocast.
 
-    bfloat16 has 8 significant bits: it rounds Q values above 128 to integers, so small rewards would be lost.
+    bfloat16 has 8 significant bits: it would round Q values above 128 to integers, and so lose small rewards, and the
+    policy's mean and log std to three digits.
     """
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -172,12 +173,18 @@ class Actor(nn.Module):
     def forward(
         self, obs: Tensor, compute_pi: bool = True, compute_log_pi: bool = True
     ) -> tuple[Tensor, Any, Any, Tensor]:
-        """Mean action, sampled action, its log probability (B, 1), and log std; actions (B, A) in [-1, 1].
+        """The policy for observations; see `policy`."""
+        return self.policy(self.encoder(obs), compute_pi, compute_log_pi)
 
-        `obs` are observations, or the output of the convolutions for them. Sample and log probability are None unless
-        asked for. The noise of a sample is one `torch.randn_like` of shape (B, A).
+    def policy(
+        self, feature: Tensor, compute_pi: bool = True, compute_log_pi: bool = True
+    ) -> tuple[Tensor, Any, Any, Tensor]:
+        """Mean action, sampled action, its log probability (B, 1), and log std, of features (B, D).
+
+        Actions (B, A) are in [-1, 1]. Sample and log probability are None unless asked for. The noise of a sample is
+        one `torch.randn_like` of shape (B, A).
         """
-        mu, raw_log_std = self.trunk(self.encoder(obs)).chunk(2, dim=-1)
+        mu, raw_log_std = self.trunk(feature).chunk(2, dim=-1)
         # A smooth bound instead of a clamp: the gradient never vanishes altogether.
         log_std = self.log_std_min + 0.5 * (self.log_std_max - self.log_std_min) * (torch.tanh(raw_log_std) + 1)
         pi = log_pi = None
@@ -211,8 +218,11 @@ class Critic(nn.Module):
         self.apply(weight_init)
 
     def forward(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """Both values, (B, 1) each; `obs` are observations, or the output of the convolutions for them."""
-        feature = self.encoder(obs)
+        """Both values, (B, 1) each, of observations and actions (B, A)."""
+        return self.values(self.encoder(obs), action)
+
+    def values(self, feature: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Both values, (B, 1) each, of features (B, D) and actions (B, A)."""
         return self.Q1(feature, action), self.Q2(feature, action)
 
 
@@ -241,7 +251,7 @@ class SacAeAgent(nn.Module):
         super().__init__()
         self.settings = s = self.settings_class(**settings)
         self.device = torch.device(device)
-        self.target_entropy = -math.prod(action_shape)
+        self.target_entropy = -math.prod(action_shape)  # as in SAC: minus the number of action dimensions
         set_precision(s.precision)
 
         self.actor = Actor(obs_shape, action_shape, s)
@@ -260,7 +270,7 @@ class SacAeAgent(nn.Module):
         self.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
 
         self.critic_optimizer = self.adam(self.critic.parameters(), s.critic_lr, s.critic_beta)
-        # The actor has the shared convolutions, too, but `actor_loss` gives them no gradient.
+        # The actor's convolutions are the critic's, but `actor_loss` gives them no gradient.
         self.actor_optimizer = self.adam(self.actor.parameters(), s.actor_lr, s.actor_beta)
         self.log_alpha_optimizer = self.adam([self.log_alpha], s.alpha_lr, s.alpha_beta)
         if self.decoder is not None:
@@ -304,12 +314,18 @@ class SacAeAgent(nn.Module):
         )
 
     def update_from(self, batch: Iterable[Tensor], due: Due) -> Metrics:
-        """An update from the batch of a replay. A CUDA graph holds the whole update."""
+        """Brings the fields of a `Batch` into the networks' dtype and layout, and updates the networks with it.
+
+        With CUDA graphs, `support/cuda_graph.py` replaces this method.
+        """
         with self.layers_in_bf16():
             return self.update_networks(Batch(*map(self.to_network_input, batch)), due)
 
     def update_networks(self, batch: Batch, due: Due) -> Metrics:
-        """Trains the critic, then what is due: actor and alpha, target, decoder. The batch is in their dtype."""
+        """An update in the method's order: critic; actor and alpha; target; decoder. A subclass may extend it.
+
+        The batch has the networks' dtype.
+        """
         metrics = {"train/batch_reward": batch.reward.mean()}
         metrics |= self.update_critic(batch)
         if due.actor or due.decoder:
@@ -336,23 +352,23 @@ class SacAeAgent(nn.Module):
         q1, q2 = self.critic(batch.obs, batch.action)
         return F.mse_loss(q1, target_q) + F.mse_loss(q2, target_q)
 
-    def update_actor_and_alpha(self, obs: Tensor) -> Metrics:
-        """Trains policy and temperature; `obs` are observations, or the output of the convolutions for them."""
-        loss, log_pi, entropy = self.actor_loss(obs)
-        alpha = self.alpha.detach()
-        return {
-            "train_actor/loss": self.minimise(loss, self.actor_optimizer),
-            "train_actor/entropy": entropy,
-            "train_alpha/loss": self.minimise(self.alpha_loss(log_pi), self.log_alpha_optimizer),
-            "train_alpha/value": alpha,
-        }
+    def update_actor_and_alpha(self, hidden: Tensor) -> Metrics:
+        """Trains policy and temperature on the convolutions' output for observations."""
+        loss, log_pi, entropy = self.actor_loss(hidden)
+        alpha = self.alpha.detach()  # which both losses use, before its update
+        metrics = {"train_actor/loss": self.minimise(loss, self.actor_optimizer), "train_actor/entropy": entropy}
+        alpha_loss = self.minimise(self.alpha_loss(log_pi), self.log_alpha_optimizer)
+        return metrics | {"train_alpha/loss": alpha_loss, "train_alpha/value": alpha}
 
-    def actor_loss(self, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Policy loss (paper, equation 3), log probability (B, 1) of its actions, and entropy before tanh."""
-        # The loss does not train the convolutions (paper, section 5.2): its gradient ends here.
-        hidden = self.critic.encoder.forward_conv(obs).detach()
-        _, pi, log_pi, log_std = self.actor(hidden)
-        q = torch.min(*self.critic(hidden, pi))
+    def actor_loss(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Policy loss (paper, equation 3), log probability (B, 1) of its actions, and entropy before tanh.
+
+        `hidden` is the output of the convolutions, which actor and critic share. The paper's KL divergence is this loss
+        divided by alpha, up to a constant.
+        """
+        hidden = hidden.detach()  # the loss does not train the convolutions (paper, section 5.2)
+        _, pi, log_pi, log_std = self.actor.policy(self.actor.encoder.forward_head(hidden))
+        q = torch.min(*self.critic.values(self.critic.encoder.forward_head(hidden), pi))
         loss = (self.alpha.detach() * log_pi - q).mean()
         entropy = 0.5 * log_std.shape[1] * (1 + math.log(2 * math.pi)) + log_std.detach().sum(dim=-1).mean()
         return loss, log_pi.detach(), entropy
@@ -373,18 +389,19 @@ class SacAeAgent(nn.Module):
         soft_update_params(critic.Q2, target.Q2, s.critic_tau)
         soft_update_params(critic.encoder, target.encoder, s.encoder_tau)
 
-    def update_decoder(self, obs: Tensor, hidden: Tensor | None = None) -> Metrics:
-        """Trains the critic's whole encoder and the decoder; `hidden` is the convolutions' output, if it is known."""
-        loss = self.decoder_loss(obs, obs if hidden is None else hidden)
+    def update_decoder(self, obs: Tensor, hidden: Tensor) -> Metrics:
+        """Trains the critic's whole encoder and the decoder; `hidden` is the convolutions' output for `obs`."""
+        loss = self.decoder_loss(obs, hidden)
         return {"train_ae/ae_loss": self.minimise(loss, self.encoder_optimizer, self.decoder_optimizer)}
 
     def decoder_loss(self, obs: Tensor, hidden: Tensor) -> Tensor:
         """Reconstruction loss with penalised features (paper, equation 4).
 
-        `hidden` is the output of the critic's convolutions for obs, or obs itself. The penalty of the decoder's
-        weights, lambda_theta, is the weight decay of `decoder_optimizer`. Raises RuntimeError if there is no decoder.
+        As in the authors' code, the log-likelihood is a mean squared error over all pixels, half the squared norm of
+        the features is penalised, and the penalty of the decoder's weights, lambda_theta, is the weight decay of
+        `decoder_optimizer`. `hidden` is the convolutions' output for `obs`. Raises RuntimeError without a decoder.
         """
-        feature = self.critic.encoder(hidden)
+        feature = self.critic.encoder.forward_head(hidden)
         latent_loss = 0.5 * feature.pow(2).sum(1).mean()
         reconstruction_loss = F.mse_loss(self.decode(feature), preprocess_obs(obs))
         return reconstruction_loss + self.settings.decoder_latent_lambda * latent_loss
@@ -468,7 +485,7 @@ class SacAeAgent(nn.Module):
         return {name: value for name, value in vars(self).items() if isinstance(value, Optimizer)}
 
     def train(self, training: bool = True) -> SacAeAgent:
-        """Sets training or evaluation mode of every network. A frozen network stays in evaluation mode."""
+        """Sets training or evaluation mode of every network. Frozen ones, as the target, stay in evaluation mode."""
         self.training = training
         for network in self.networks.values():
             network.train(training and any(parameter.requires_grad for parameter in network.parameters()))
@@ -540,6 +557,8 @@ class SacAeAgent(nn.Module):
 
     def load(self, model_dir: str | Path, step: int) -> None:
         """Loads what `save` or the authors' script wrote; without `target_STEP.pt` the target is the critic's copy.
+
+        The networks' attributes (`trunk`, `Q1`, `convs`, `fc`, `ln`) have the authors' names, so that their files fit.
 
         Executes nothing that a file contains. Raises UserError, which leaves the agent unchanged and names the file,
         if one is missing, damaged, foreign, or of another network.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from support import signals
 
 if __name__ == "__main__":
-    signals.start_program()
+    signals.start_program()  # before PyTorch is imported, which reads then how its threads wait
 
 import argparse
 import functools
@@ -155,9 +155,9 @@ def train(run: Run) -> None:
                     progress.action = random_action(env.action_space, args.seed, progress.step)
                 else:
                     progress.action = check_action(agent.sample_action(run.obs), logger, progress.step)
-            # The updates precede `env.step`, so that a GPU computes while the simulator works; their batches lack this
-            # transition. The first decision after the random ones makes init_steps updates, all with its step, so that
-            # actor and target train in all or none of them, as in the authors' script. Later ones make one.
+            # Updates catch up with decisions: `init_steps` of them at the first decision after the random ones, then
+            # one a decision. They precede `env.step`, so that a GPU computes while the simulator works; so their
+            # batches lack this transition. All get this step, as in the authors' script: all train the actor, or none.
             updates_due = range(progress.step - progress.updates if progress.step >= args.init_steps else 0)
             is_burst = progress.step == args.init_steps
             for _ in report.progress_bar(updates_due, "first updates") if is_burst else updates_due:
@@ -252,9 +252,9 @@ def evaluate(run: Run) -> None:
 def save_models(run: Run) -> None:
     """Writes networks and replay, if asked for."""
     if run.args.save_model:
-        run.agent.save(run.path / "model", run.progress.step)
+        run.agent.save(run.work_dir / "model", run.progress.step)
     if run.args.save_buffer:
-        run.replay.save(run.path / "buffer")
+        run.replay.save(run.work_dir / "buffer")
 
 
 def save_video(run: Run) -> None:
@@ -297,9 +297,9 @@ def open_run(
     run = Run(args, env, agent, replay, resources.enter_context(closing(envs)))
     # For TensorBoard alone, a run on states records no videos: it then needs no renderer.
     recorded = args.save_video or (args.save_tb and args.encoder_type == "pixel")
-    run.video = VideoRecorder(run.path / "video" if recorded else None)
+    run.video = VideoRecorder(run.work_dir / "video" if recorded else None)
     renderer = dmc2gym.renderer_of(env, drawn=args.encoder_type == "pixel" or args.save_video)
-    lines = run.open(saved, lock, functools.partial(Logger, run.path, args.save_tb))
+    lines = run.open(saved, lock, functools.partial(Logger, run.work_dir, args.save_tb))
     resources.enter_context(closing(run.logger))
     resources.enter_context(run.stop.listen())
     ended = run.progress.ended(args.num_train_steps)
@@ -318,7 +318,7 @@ def carry_out(run: Run, prog: str) -> int:
         run.save_checkpoint()
         return run.stop.exit_status(prog, f" at step {run.progress.step}: --resume continues it")
     step, environment_steps = run.progress.step, run.progress.step * run.args.action_repeat
-    report.show(f"done: {step:,} decisions, {environment_steps:,} environment steps; all is in {run.path}")
+    report.show(f"done: {step:,} decisions, {environment_steps:,} environment steps; all is in {run.work_dir}")
     return 0
 
 

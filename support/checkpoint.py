@@ -32,9 +32,10 @@ from support.flags import OneLineParser
 from support.signals import Stop
 
 VERSION = 4
-# What a run writes to its folder. If it is killed while it starts, there are at most UNBEGUN, and it can start again.
+# What a run writes to its folder. A run that is killed before its first checkpoint is complete leaves at most two of
+# them, and `--resume` starts it anew.
 NAMES = ("args.json", "starts.log", "train.log", "eval.log", "tb", "video", "model", "buffer", "checkpoint")
-UNBEGUN = {"tb", "checkpoint"}
+FIRST_NAMES = {"tb", "checkpoint"}
 INDEX = "checkpoint.json"
 # In `checkpoint`, beside the index: a file of tensors, chunks of the replay, and what a killed write leaves.
 STATE, CHUNK = r"state_\d{19}\.pt", r"\d+_\d+\.pt"
@@ -146,8 +147,10 @@ def check_folder(args: argparse.Namespace, path: Path) -> None:
     if (names := run_files(path)) and not args.resume and not args.overwrite:
         choice = "choose another, or --resume or --overwrite it"
         raise UserError(f"work_dir {path} holds a run already ({', '.join(names)}): {choice}")
-    # Chunks without an index are of another program: a run has none before its first index.
-    begun = not UNBEGUN.issuperset(names) or any(re.fullmatch(CHUNK, file.name) for file in path.glob("checkpoint/*"))
+    # A replay's chunks without an index: the index was lost, or they are another program's. A run never starts on them.
+    begun = not FIRST_NAMES.issuperset(names) or any(
+        re.fullmatch(CHUNK, file.name) for file in path.glob("checkpoint/*")
+    )
     if args.resume and begun and not os.path.lexists(path / "checkpoint" / INDEX):
         raise UserError(
             f"work_dir {path} holds {', '.join(names)}, but {path / 'checkpoint' / INDEX} is missing: "
@@ -207,12 +210,12 @@ class Run:
     logger: Any
     video: Any
     obs: np.ndarray
-    episode_start: float  # by time.perf_counter; moved on by the time for which the run was stopped in the episode
+    episode_start: float  # by time.perf_counter: when the episode would have begun if the run had never stopped
 
     def __init__(self, args: argparse.Namespace, env: Any, agent: Any, replay: Any, eval_envs: Any):
         self.args, self.env, self.agent, self.replay, self.eval_envs = args, env, agent, replay, eval_envs
-        self.path = Path(args.work_dir)
-        self.folder = self.path / "checkpoint"
+        self.work_dir = Path(args.work_dir)
+        self.checkpoint_dir = self.work_dir / "checkpoint"
         self.progress, self.stop = Progress(), Stop()
         self._saved = (time.monotonic(), 0)  # when the last checkpoint was written or read, and its step
         self._chunks: Sequence[Sequence[Any]] = []  # of the replay, in the last checkpoint
@@ -223,7 +226,7 @@ class Run:
         `make_logger` takes the `state` of the logger before; None if there was none. Raises UserError if the checkpoint
         cannot be used, and nothing has been changed then, or if the folder cannot be written.
         """
-        lock.take(self.path)
+        lock.take(self.work_dir)
         if saved is None:
             lines = self._make_room()
             self.logger = make_logger(state=None)
@@ -235,16 +238,16 @@ class Run:
             now = {"args": vars(self.args), "progress": vars(self.progress), "threads": torch.get_num_threads()}
             self._write_index(saved | now)
             lines = self._describe_changes(saved)
-        write_json(self.path / "args.json", dict(sorted(vars(self.args).items())))
+        write_json(self.work_dir / "args.json", dict(sorted(vars(self.args).items())))
         start = report.provenance(self.agent.device) | {"step": self.progress.step}
-        with writing(self.path / "starts.log"), (self.path / "starts.log").open("a") as file:
+        with writing(self.work_dir / "starts.log"), (self.work_dir / "starts.log").open("a") as file:
             file.write(json.dumps(start) + "\n")
         return lines
 
     def _make_room(self) -> list[str]:
         """Moves an old run's files to a folder beside this one, or in this one if it is a mount; lines to print."""
-        if self.args.overwrite and (names := run_files(self.path)):
-            here = self.path.resolve()
+        if self.args.overwrite and (names := run_files(self.work_dir)):
+            here = self.work_dir.resolve()
             beside = here if here.is_mount() else here.parent  # on the same disk
             there = beside / f"{here.name}.{time.strftime('%Y%m%d-%H%M%S')}"
             with writing(there):
@@ -252,17 +255,17 @@ class Run:
                 for name in reversed(names):  # the checkpoint first: without it the rest is not taken for a run
                     (here / name).rename(there / name)
             # At once: what follows may fail.
-            report.show(f"moved the run that was in {self.path} to {there}: {', '.join(names)}")
+            report.show(f"moved the run that was in {self.work_dir} to {there}: {', '.join(names)}")
             return []
-        if not UNBEGUN.issuperset(run_files(self.path)):  # another process has begun one since `parse_run`
-            raise UserError(f"work_dir {self.path} holds a run already: choose another")
-        return [f"no run in {self.path} yet: it begins"] if self.args.resume else []
+        if not FIRST_NAMES.issuperset(run_files(self.work_dir)):  # another process has begun one since `parse_run`
+            raise UserError(f"work_dir {self.work_dir} holds a run already: choose another")
+        return [f"no run in {self.work_dir} yet: it begins"] if self.args.resume else []
 
     def _restore(self, saved: dict[str, Any]) -> None:
         """Restores the checkpoint. Raises UserError if a file is missing, damaged or foreign."""
         device, dtype = self.agent.device, self.env.action_space.dtype
-        random = load_agent(self.agent, self.path, saved)
-        self.replay.load_chunks(self.folder, saved["replay"])
+        random = load_agent(self.agent, self.work_dir, saved)
+        self.replay.load_chunks(self.checkpoint_dir, saved["replay"])
         torch.set_rng_state(random["cpu"].cpu())
         if "cuda" in random and device.type == "cuda":
             torch.cuda.set_rng_state(random["cuda"].cpu(), device)
@@ -332,8 +335,8 @@ class Run:
         random = {"cpu": torch.get_rng_state()}
         if device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(device)
-        replay, state = self.replay.save_chunks(self.folder, self._chunks), f"state_{time.time_ns()}.pt"
-        crc32 = write_tensors(self.folder / state, {"agent": self.agent.state_dict(), "random": random})
+        replay, state = self.replay.save_chunks(self.checkpoint_dir, self._chunks), f"state_{time.time_ns()}.pt"
+        crc32 = write_tensors(self.checkpoint_dir / state, {"agent": self.agent.state_dict(), "random": random})
         run = {"args": vars(self.args), "progress": vars(progress), "threads": torch.get_num_threads()}
         files = {"logger": self.logger.state(), "replay": replay, "state": (state, crc32)}
         self._write_index({"version": VERSION} | run | files)
@@ -341,10 +344,10 @@ class Run:
 
     def _write_index(self, content: dict[str, Any]) -> None:
         """Makes a checkpoint the run's, and removes the files of others, also of those that failed."""
-        write_index(self.folder / INDEX, content)
+        write_index(self.checkpoint_dir / INDEX, content)
         self._chunks = content["replay"]["chunks"]
         keep = {content["state"][0], *(chunk[0] for chunk in self._chunks)}
-        with writing(self.folder):
-            for path in self.folder.iterdir():
+        with writing(self.checkpoint_dir):
+            for path in self.checkpoint_dir.iterdir():
                 if path.name not in keep and FILES.fullmatch(path.name) and not path.is_dir():
                     path.unlink(missing_ok=True)

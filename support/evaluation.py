@@ -84,7 +84,7 @@ def serve(descriptor: int) -> None:
 
 
 class Child:
-    """A group in a child process. It exits when the pipe closes, even if this process is killed.
+    """Environments in a child process. It exits when the pipe closes, even if this process is killed.
 
     Unlike multiprocessing's processes, it does not import the program that started it, and so not PyTorch: less than
     half of the memory. It imports this project from where this process has it, not from the current folder.
@@ -165,8 +165,8 @@ class SideBySide:
 
     def close(self) -> None:
         """Closes the environments and ends their processes."""
-        for group in (*self._envs, *self._children):
-            group.close()
+        for each in (*self._envs, *self._children):
+            each.close()
 
 
 class Moment(NamedTuple):

@@ -1,4 +1,4 @@
-"""What a program tells its user: how long it will take, progress bars, warnings, errors, and how it was started."""
+"""What a program prints: what it works with, progress bars, warnings, errors; and how it was started."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ def describe(run: Any, renderer: tuple[str, bool] | None) -> Iterator[str]:
     yield f"observation: {env.observation_space.shape} {env.observation_space.dtype}"
     yield f"action: {env.action_space.shape}"
     place = "in host memory" if replay.frames.device.type == "cpu" else f"on {replay.frames.device}"
-    size, folder = in_bytes(replay.nbytes), run.folder
+    size, folder = in_bytes(replay.nbytes), run.checkpoint_dir
     yield f"replay: {size} {place} for {replay.capacity:,} transitions"
     free = shutil.disk_usage(folder).free
     yield f"checkpoints: up to {size} in {folder}, {in_bytes(free)} free"
     if args.save_buffer:
-        yield f"saved replay: up to {size} more in {run.path / 'buffer'}"
+        yield f"saved replay: up to {size} more in {run.work_dir / 'buffer'}"
     if free < replay.nbytes * (2 if args.save_buffer else 1):
         yield "warning: the disk may be full before the run ends; if so, free space, then --resume continues"
     for name, network in run.agent.networks.items():

@@ -114,10 +114,10 @@ def trained_by(agent, update):
 class Joint(SacAeAgent):
     """As SacAeAgent without `.detach()` in the actor's loss."""
 
-    def actor_loss(self, obs):
-        hidden = self.critic.encoder.forward_conv(obs)
-        _, pi, log_pi, log_std = self.actor(hidden)
-        loss = (self.alpha.detach() * log_pi - torch.min(*self.critic(hidden, pi))).mean()
+    def actor_loss(self, hidden):
+        _, pi, log_pi, log_std = self.actor.policy(self.actor.encoder.forward_head(hidden))
+        q = torch.min(*self.critic.values(self.critic.encoder.forward_head(hidden), pi))
+        loss = (self.alpha.detach() * log_pi - q).mean()
         return loss, log_pi.detach(), log_std.detach().mean()
 
 
@@ -131,9 +131,13 @@ def test_what_the_actor_s_loss_trains(settings, parts):
     """One place, `.detach()`, decides that it does not train the convolutions."""
     obs = make_batch()[0].float()
     agent = make_agent(**settings)
-    assert trained_by(agent, lambda agent: agent.update_actor_and_alpha(obs)) == parts
+
+    def update(agent):
+        return agent.update_actor_and_alpha(agent.critic.encoder.forward_conv(obs))
+
+    assert trained_by(agent, update) == parts
     before = agent.alpha.item()
-    assert agent.update_actor_and_alpha(obs)["train_alpha/value"] == before != agent.alpha  # what the losses used
+    assert update(agent)["train_alpha/value"] == before != agent.alpha  # what the losses used
 
 
 def test_a_frozen_encoder():
@@ -161,7 +165,8 @@ def test_without_a_decoder():
     agent, (obs, *_) = make_agent(decoder_type="identity"), make_batch()
     assert agent.decoder is None
     assert "train_ae/ae_loss" not in updates(agent, [0])
-    for call in (lambda: agent.update_decoder(obs.float()), lambda: agent.reconstruct(obs.numpy())):
+    hidden = agent.critic.encoder.forward_conv(obs)
+    for call in (lambda: agent.update_decoder(obs.float(), hidden), lambda: agent.reconstruct(obs.numpy())):
         with pytest.raises(RuntimeError, match="no decoder"):
             call()
 
