@@ -150,10 +150,10 @@ class Player:
             else:
                 load_agent(self.agent, work_dir, saved)
         except UserError as error:
-            hint = f"; the flags given replace those of {path}" if words else ""
+            hint = f"the flags are those of {path}, and those given replace them"
             if not path.exists():
-                hint = "; without an args.json give the flags that it was trained with"
-            raise UserError(f"{error}{hint}") from error
+                hint = "without an args.json give the flags that it was trained with"
+            raise UserError(f"{error}; {hint}") from error
         self.agent.train(False)
         self.seeds = [episode_seed(args.seed, episode) for episode in range(args.episodes)]
         envs = SideBySide(make_env, min(args.episodes, MAX_ENVS), args.eval_workers)

@@ -168,7 +168,7 @@ def test_a_checkpoint_serves_where_no_models_were_saved(run, capsys, monkeypatch
     assert f"models: {run / 'checkpoint'}, step 30\n" in capsys.readouterr().out
     assert play(run) == play(run, "--step", 30) == saved
     assert_refused(capsys, run, [run, "--step", 20], "holds no models of step 20")
-    assert_refused(capsys, run, [run, "--hidden_dim", 64], "is of another agent", "the flags given replace")
+    assert_refused(capsys, run, [run, "--hidden_dim", 64], "is of another agent", "those given replace them")
 
 
 def test_the_model_folder_itself(runs, monkeypatch):
@@ -199,7 +199,7 @@ def test_models_of_the_authors_script(runs, tmp_path, capsys):
         del flags[name]
     (folder / "args.json").write_text(json.dumps(flags | {"transform1": "crop"}))
     assert play(folder, "--episodes", 2) == want
-    words = f"the flags given replace those of {folder / 'args.json'}"
+    words = f"the flags are those of {folder / 'args.json'}, and those given replace them"
     assert_refused(capsys, folder, [folder, "--hidden_dim", 64], words)
 
     (folder / "decoder_30.pt").unlink()
