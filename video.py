@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
+import uuid
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 from errors import UserError
 from support.signals import STOPPING
 
-TIMEOUT = 120  # seconds that ffmpeg may take
+TIMEOUT = 120  # seconds that ffmpeg may take, and one more for each MB: a slow core has 6 MB of noise a second
 
 
 class VideoRecorder:
@@ -57,7 +57,7 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: int = 30, overwri
         raise UserError(f"video {path} cannot be written: its pictures must be of one shape (H, W, 3), uint8")
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists already, and is not overwritten")
-    temporary, ffmpeg = path.with_name(f".{os.getpid()}.sac_ae_tmp"), "ffmpeg"
+    temporary, ffmpeg = path.with_name(f".{uuid.uuid4().hex}.sac_ae_tmp"), "ffmpeg"
     try:
         import imageio_ffmpeg  # only here: states need no videos
 
@@ -90,7 +90,7 @@ def run_ffmpeg(ffmpeg: str, pixels: np.ndarray, layout: str, file: Path) -> None
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     with process:
         try:
-            said, _ = process.communicate(pixels.data, TIMEOUT)  # type: ignore[arg-type]  # takes any buffer
+            said, _ = process.communicate(pixels.data, TIMEOUT + pixels.nbytes // 10**6)  # type: ignore[arg-type]  # takes any buffer
         finally:
             process.kill()  # if it hangs
     if process.returncode != 0 or not file.exists():

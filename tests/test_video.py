@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import imageio.v3 as iio
@@ -115,6 +118,26 @@ def test_signals_to_all_processes_lose_no_video(tmp_path, monkeypatch, ffmpeg):
     write_video(tmp_path / "a.mp4", NOISE)
     monkeypatch.undo()
     assert len(iio.imread(tmp_path / "a.mp4")) == 40
+
+
+def test_a_long_video_may_take_longer(tmp_path, monkeypatch, ffmpeg):
+    real = imageio_ffmpeg.get_ffmpeg_exe()
+    monkeypatch.setattr(video, "TIMEOUT", 1)
+    ffmpeg(f"time.sleep(2)\nos.execv({real!r}, sys.argv)")
+    write_video(tmp_path / "a.mp4", np.zeros((20, 512, 512, 3), np.uint8))
+    assert len(iio.imread(tmp_path / "a.mp4")) == 20
+
+
+def test_videos_of_one_folder_at_once(tmp_path, monkeypatch):
+    """By processes that have the same number, as in containers, or by threads."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    together = threading.Barrier(2)
+    run = video.run_ffmpeg
+    monkeypatch.setattr(video, "run_ffmpeg", lambda *args: (run(*args), together.wait(60)))
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(lambda name: write_video(tmp_path / name, NOISE), ("a.mp4", "b.mp4")))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "b.mp4"]
+    assert [len(iio.imread(path)) for path in tmp_path.iterdir()] == [40, 40]
 
 
 def test_videos_need_no_temporary_folder(tmp_path, monkeypatch):
