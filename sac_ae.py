@@ -563,16 +563,21 @@ class SacAeAgent(nn.Module):
         Executes nothing that a file contains. Raises UserError, which leaves the agent unchanged and names the file,
         if one is missing, damaged, foreign, or of another network.
         """
-        for agent in (copy.deepcopy(self), self):  # the copy finds out what is wrong
-            for name, network in agent.networks.items():
+        before = copy.deepcopy(self.state_dict())
+        try:
+            for name, network in self.networks.items():
                 if name != "critic_target":
                     with loading(Path(model_dir) / f"{name}_{step}.pt", self.device) as state:
                         network.load_state_dict(state)
-            agent.critic_target.load_state_dict(agent.critic.state_dict())
             if os.path.lexists(target := Path(model_dir) / f"target_{step}.pt"):
                 with loading(target, self.device) as state, torch.no_grad():
-                    agent.critic_target.load_state_dict(state["critic_target"])
-                    agent.log_alpha.copy_(state["log_alpha"])
+                    self.critic_target.load_state_dict(state["critic_target"])
+                    self.log_alpha.copy_(state["log_alpha"])
+            else:
+                self.critic_target.load_state_dict(self.critic.state_dict())
+        except UserError:
+            self.load_state_dict(before)
+            raise
 
 
 def aligned(array: np.ndarray) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import threading
 
 import golden
 import pytest
@@ -13,6 +14,7 @@ from agents import WithDropout, assert_equal, make_agent, updates
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from errors import UserError
 from sac_ae import SacAeAgent
 from support.cuda_graph import Graphs
 from utils import eval_mode, module_hash
@@ -233,3 +235,28 @@ def test_save_and_load(tmp_path, decoder_type, of_authors):
         assert module_hash(other.networks[name]) == module_hash(network)
     assert agent.log_alpha.item() != fresh.log_alpha.item()
     assert other.log_alpha.item() == (fresh if of_authors else agent).log_alpha.item()
+
+
+class Uncopyable(SacAeAgent):
+    """Has an attribute that cannot be copied, and a head that its target lacks."""
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self.lock = threading.Lock()
+        self.critic.head = nn.Linear(2, 2)
+
+
+def test_models_of_an_agent_that_cannot_be_copied(tmp_path):
+    saved, other = make_agent(cls=Uncopyable), make_agent(cls=Uncopyable)
+    updates(saved, range(3))
+    saved.save(tmp_path, 1)
+    before = copy.deepcopy(other.state_dict())
+    target = tmp_path / "target_1.pt"
+    content = target.read_bytes()
+    target.write_bytes(content[:-9])
+    with pytest.raises(UserError, match=r"target_1\.pt"):
+        other.load(tmp_path, 1)
+    assert all(map(torch.equal, tree_leaves(other.state_dict()), tree_leaves(before)))
+    target.write_bytes(content)
+    other.load(tmp_path, 1)
+    assert all(module_hash(saved.networks[name]) == module_hash(other.networks[name]) for name in NETWORKS)
