@@ -77,8 +77,7 @@ def start_renderer(physics: Any, height: int = 0, width: int = 0) -> None:
             visual.offheight, visual.offwidth = max(height, visual.offheight), max(width, visual.offwidth)
             if physics._contexts:
                 physics._free_rendering_contexts()
-        if not physics._contexts:
-            type(physics)._make_rendering_contexts(physics)
+        _ = physics.contexts  # dm_control starts the renderer here
     except Exception as error:  # each backend and driver raises its own kinds
         from dm_control.mujoco.wrapper.core import MjrContext
 

@@ -125,9 +125,6 @@ class DMCWrapper(gym.Env):
         coloured = visualize_reward and not from_pixels
         self._env = _suite().load(domain_name, task_name, task_kwargs, environment_kwargs, coloured)
         self.physics, self.frame_skip, self.render_mode = self._env.physics, frame_skip, "rgb_array"
-        # Quadruped escape asks for a renderer at each reset, to tell it the new terrain. One that starts later sees it
-        # anyway: `start_renderer` calls the class's method, which this hides.
-        self.physics._make_rendering_contexts = lambda: None
         self._from_pixels, self._channels_first = from_pixels, channels_first
         self._height, self._width, self._render_size = height, width, render_size
         self.camera_id = camera_id if camera_id is not None else {"quadruped": 2}.get(domain_name, 0)
@@ -153,7 +150,13 @@ class DMCWrapper(gym.Env):
         super().reset(seed=seed)
         if seed is not None:
             self._env.task.random.seed(seed)
-        self._last = self._observe(self._env.reset())
+        # Quadruped escape asks for a renderer, to tell it the new terrain. One that starts later sees it anyway.
+        self.physics._make_rendering_contexts = lambda: None  # hides the class's method
+        try:
+            time_step = self._env.reset()
+        finally:
+            del self.physics._make_rendering_contexts
+        self._last = self._observe(time_step)
         return self._last
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:

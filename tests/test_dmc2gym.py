@@ -96,6 +96,14 @@ def test_equals_dm_control(make, domain, task, repeat, decisions):
     assert truncated == (decisions == 334)
 
 
+def test_the_physics_of_states_can_be_drawn(make):
+    """As a wrapper of one's own may do, before anything else has started a renderer."""
+    env = make("ball_in_cup", "catch")
+    env.reset(seed=1)
+    picture = env.unwrapped.physics.render(20, 60, camera_id=1)
+    assert np.array_equal(picture, env.render(height=20, width=60, camera_id=1))
+
+
 @pytest.mark.parametrize(("domain", "task", "camera"), [("ball_in_cup", "catch", 0), ("quadruped", "walk", 2)])
 def test_pixels_are_dm_controls(make, domain, task, camera):
     """In either layout; they never show the reward."""
