@@ -133,6 +133,9 @@ class SideBySide:
                 cause = str(error).splitlines()[-1]
                 self.close()
                 self._children = []
+            except BaseException:
+                self.close()
+                raise
         self.call(make, makers)  # if this fails, too, its error is the one that counts
         if cause:
             from support import report  # only here: other processes do without PyTorch

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import cloudpickle
@@ -180,6 +181,13 @@ def test_this_process_makes_environments_if_others_cannot(monkeypatch, capsys, m
     with pytest.raises(LookupError, match="no such environment"):
         SideBySide(no_env, 2, 2)
     assert capsys.readouterr().err == ""
+
+
+def test_no_child_is_left_of_environments_that_cannot_be_sent():
+    before = psutil.Process().children()
+    with pytest.raises(TypeError, match="pickle") as kept:  # with its traceback, as a notebook keeps it
+        SideBySide(functools.partial(dying, threading.Lock()), 2, 2)
+    assert psutil.Process().children() == before, kept
 
 
 def test_children_do_without_pytorch():
