@@ -30,12 +30,12 @@ def quality(obs: np.ndarray, reconstruction: np.ndarray) -> dict[str, float]:
     from skimage import metrics  # only here: states need no pictures
 
     frames, images = rgb(obs), rgb(reconstruction)
-    window = min(7, *(side - 1 for side in frames.shape[2:]))  # odd, as sides are even; 7 is the usual one
+    window = min(7, *(side - 1 | 1 for side in frames.shape[2:]))  # odd; 7 is the usual one
     # Each channel of each frame counts as a channel of one picture, so that one call gives the mean of all.
     flat, flat_images = (each.reshape(-1, *frames.shape[2:]) for each in (frames, images))
     with np.errstate(divide="ignore"):
         psnr = metrics.peak_signal_noise_ratio(frames, images, data_range=255)
-    ssim = metrics.structural_similarity(flat, flat_images, win_size=window, channel_axis=0)
+    ssim = metrics.structural_similarity(flat, flat_images, win_size=window, channel_axis=0, data_range=255)
     return {"psnr": float(psnr), "ssim": float(ssim)}
 
 

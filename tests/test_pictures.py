@@ -32,6 +32,13 @@ def test_the_quality_of_reconstructions():
     assert quality(ramp[:, :1, :4, :4], noisy[:, :1, :4, :4])["psnr"] > 20  # grey, and smaller than the usual window
 
 
+@pytest.mark.parametrize("sides", [(3, 8), (5, 6), (84, 84)])
+def test_the_quality_of_an_own_decoders_reconstructions(sides):
+    """Which may have odd sides, or be numbers that are not rounded."""
+    obs, other = np.random.default_rng(0).integers(0, 256, (2, 4, 3, *sides), np.uint8)
+    assert quality(obs, other.astype(np.float32)) == pytest.approx(quality(obs, other))
+
+
 def test_pictures_side_by_side():
     """Each is scaled; its pixels stay what they are, none is lost, and none changes places."""
     rng = np.random.default_rng(0)
