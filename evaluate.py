@@ -190,7 +190,7 @@ class Player:
         for scene, obs in zip(self.scenes, self.seen, strict=True):
             self.stop.check()
             stacks = [obs] if obs.ndim == 3 else []
-            stacks += [] if self.agent.decoder is None else [self.agent.reconstruct(obs[None])[0]]
+            stacks += [self.agent.reconstruct(stack[None])[0] for stack in stacks if self.agent.decoder is not None]
             yield side_by_side([scene, *(rgb(stack).transpose(1, 2, 0) for stack in stacks)], PANEL)
 
 
@@ -213,8 +213,8 @@ def main(argv: list[str] | None = None) -> int:
             for episode, (seed, value) in enumerate(zip(player.seeds, returns, strict=True)):
                 report.show(f"episode {episode}, seed {seed}: return {value:.4f}")
             report.show(f"mean {returns.mean():.4f}, standard deviation {returns.std():.4f}")
-            if player.agent.decoder is not None:
-                shown = np.stack(some(player.seen))
+            shown = np.stack(some(player.seen))
+            if player.agent.decoder is not None and shown.ndim == 4:
                 alike = quality(shown, player.agent.reconstruct(shown))
                 report.show("reconstruction: PSNR {psnr:.2f} dB, SSIM {ssim:.4f}".format_map(alike))
             if player.video is not None:

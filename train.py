@@ -241,7 +241,7 @@ def evaluate(run: Run) -> None:
     }
     values |= {"physics_errors": len(moment.physics_errors)} if moment.physics_errors else {}
     shown = np.stack(some(seen))
-    if agent.decoder is not None:
+    if agent.decoder is not None and shown.ndim == 4:  # a subclass may decode states
         values |= quality(shown, agent.reconstruct(shown))
     log_all(logger, "eval", step, values)
     if args.save_tb:

@@ -19,9 +19,11 @@ from folders import checkpoint_of, contents, outcome
 from own_env import OwnEnv
 from programs import Program
 from runs import METHODS, assert_refused, read_log
+from torch import nn
 
 import evaluate
 import train
+from sac_ae import SacAeAgent
 from utils import FrameStack
 
 ROOT = Path(__file__).parent.parent
@@ -205,6 +207,29 @@ def test_saved_models_play(tmp_path, capsys, uninterrupted):
     assert len({line.split()[-1] for line in printed[0][1:4]}) == 3  # returns
     assert (tmp_path / "1.mp4").read_bytes() == (tmp_path / "2.mp4").read_bytes()
     assert contents(folder) == before
+
+
+class DecodesStates(SacAeAgent):
+    """Its decoder's images are no pictures."""
+
+    def __init__(self, obs_shape, *args, **settings):
+        super().__init__(obs_shape, *args, **settings)
+        self.decoder = nn.Linear(*obs_shape, *obs_shape)
+        self.decoder_optimizer = self.adam(self.decoder.parameters(), 1e-3)
+
+    def update_decoder(self, obs, hidden=None):
+        return {"train_ae/ae_loss": self.minimise((self.decoder(obs) - obs).square().mean(), self.decoder_optimizer)}
+
+
+def test_an_agent_that_decodes_states(tmp_path, monkeypatch, capsys):
+    """The quality of pictures is told of pixels alone."""
+    monkeypatch.setitem(train.AGENTS, "sac_ae", DecodesStates)
+    flags = [*own_env.RUN, *STATES, "--num_train_steps", "22", "--work_dir", str(tmp_path)]
+    assert train.main(flags) == 0
+    assert not any("psnr" in record for record in read_log(tmp_path / "eval.log"))
+    command = [str(tmp_path), *"--device cpu --eval_workers 1 --episodes 1 --video".split(), str(tmp_path / "a.mp4")]
+    assert evaluate.main(command) == 0
+    assert "PSNR" not in capsys.readouterr().out
 
 
 def test_an_environment_that_draws_nothing(tmp_path, monkeypatch, capsys):
