@@ -40,15 +40,11 @@ class Batch(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """A file `START_END.pt`, perhaps with zeros before: the transitions of these numbers, without END, and frames."""
+    """A file of transitions and their frames; `end` is the number after its last transition."""
 
     name: str
     crc32: int
     end: int
-
-    def start(self) -> int:
-        """Number of the first transition."""
-        return int(self.name.partition("_")[0])
 
 
 class ReplayBuffer:
@@ -101,8 +97,7 @@ class ReplayBuffer:
         self.draws = 0  # batches drawn
         self.id = uuid.uuid4().hex  # tells this replay's files from those of another
         self._last = b""  # the newest next_obs
-        self._loaded = 0  # transitions that were loaded: a folder that has them has the same
-        self._written: set[Chunk] = set()  # by this object
+        self._own: set[Chunk] = set()  # files that this object has written or loaded
 
     def __len__(self) -> int:
         """Transitions that can be drawn."""
@@ -200,7 +195,7 @@ class ReplayBuffer:
     def save(self, save_dir: str | Path) -> None:
         """Writes what the folder lacks: chunks `START_END.pt`, then `replay.json`, which lists them. If empty, nothing.
 
-        A save that is killed leaves the one before it whole. Of other files, only chunks that are not listed any more
+        It lacks all that this object has neither written nor loaded there. A save that is killed leaves the one before it whole. Of other files, only chunks that are not listed any more
         are deleted; no chunk replaces a file.
 
         Raises UserError if the folder holds anything but a save of this replay, or if a file cannot be written.
@@ -219,6 +214,7 @@ class ReplayBuffer:
             index = self.save_chunks(folder, before["chunks"])
             write_index(path, index)
         except UserError:
+            there |= {folder / chunk[0] for chunk in read_index(path)["chunks"]}  # of the new index, if it is in place
             remove({*folder.glob(CHUNKS)} - there)
             raise
         names, old_names = ({chunk[0] for chunk in each["chunks"]} for each in (index, before))
@@ -229,15 +225,12 @@ class ReplayBuffer:
 
         `saved` are the chunks of the folder's index before, and `index["chunks"]` those of the new one.
         """
-        # Only chunks that this object has loaded or written: a killed run or a copy of this replay may have written
-        # other transitions of the same numbers.
-        alike = takewhile(lambda chunk: chunk.end <= self._loaded or chunk in self._written, starmap(Chunk, saved))
-        chunks = [chunk for chunk in alike if chunk.end > self.oldest]
-        if chunks and chunks[0].start() > self.oldest:
-            chunks = []
+        # A killed run or a copy of this replay may have written other transitions of the same numbers.
+        own = takewhile(self._own.__contains__, starmap(Chunk, saved))
+        chunks = [chunk for chunk in own if chunk.end > self.oldest]
         for start in range(chunks[-1].end if chunks else self.oldest, self.transitions_added, MAX_CHUNK):
             chunks.append(self._write_chunk(folder, start, min(start + MAX_CHUNK, self.transitions_added)))
-        self._written.update(chunks)
+        self._own.update(chunks)
         counters = {name: getattr(self, name) for name in COUNTERS}
         return {"id": self.id, "shapes": self._shapes, "chunks": chunks} | counters
 
@@ -286,7 +279,7 @@ class ReplayBuffer:
         if len(self):
             newest_stack = self._slots(self.frames_added - self.num_stacked, self.frames_added)
             self._last = self.frames.index_select(0, newest_stack).cpu().numpy().tobytes()
-        self._loaded = self.transitions_added
+        self._own.update(starmap(Chunk, index["chunks"]))
 
     def _slots(self, start: int, end: int) -> Tensor:
         """Places in the ring of the frames of these numbers."""

@@ -328,8 +328,24 @@ def test_a_save_that_is_killed(tmp_path, monkeypatch, case):
             break
     assert number > 8
     assert names_in(buffer) == {"replay.json", *listed(buffer)}
-    if case == "later save":
-        assert "7_14.pt" in listed(buffer)  # which is not written again: the name would be another
+
+
+def test_a_folder_of_a_run_that_went_on_otherwise(tmp_path):
+    """It was killed, resumed from before, and resumed once more beyond the folder's end: its transitions are others."""
+    replay, naive = filled(20)
+    replay.save(tmp_path / "first")
+    fill(Episodes(1).play(15), replay)
+    replay.save(tmp_path / "buffer")
+    replay = loaded(tmp_path / "first")
+    fill(Episodes(2).play(30), replay, naive)
+    replay.save(tmp_path / "second")
+    replay = loaded(tmp_path / "second")
+    fill(Episodes(3).play(5), replay, naive)
+    replay.save(tmp_path / "buffer")
+    assert same(loaded(tmp_path / "buffer"), naive)
+    assert names_in(tmp_path / "buffer") == {"replay.json", *listed(tmp_path / "buffer")}
+    replay.save(tmp_path / "second")
+    assert listed(tmp_path / "second") == ["0_50.pt", "50_55.pt"]  # where nobody else went on
 
 
 def test_a_save_that_fails_leaves_no_litter(tmp_path, monkeypatch):
@@ -346,6 +362,22 @@ def test_a_save_that_fails_leaves_no_litter(tmp_path, monkeypatch):
     replay.save(tmp_path)
     assert names_in(tmp_path) == {"replay.json", *listed(tmp_path)}
     assert same(loaded(tmp_path), naive)
+
+
+def test_a_save_whose_end_is_not_sure_to_be_on_the_disk(tmp_path):
+    """The index is in place, but the system fails to bring its folder to the disk: nothing that it lists is deleted."""
+    replay, naive = filled(10)
+    replay.save(tmp_path)
+    for number in range(1, 5):
+        fill(Episodes(number).play(3), replay, naive)
+        before = filled(10)[1]
+        fill(itertools.chain(*(Episodes(each).play(3) for each in range(1, number))), before)
+        with pytest.raises(UserError, match="input/output"):
+            save_failing(replay, tmp_path, OSError("input/output error"), number, ["fsync"])
+        left = loaded(tmp_path)
+        assert same(left, naive if number == 4 else before)
+        if number < 4:
+            replay.save(tmp_path)
 
 
 @pytest.mark.parametrize("moved", [False, True])
