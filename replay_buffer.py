@@ -195,8 +195,8 @@ class ReplayBuffer:
     def save(self, save_dir: str | Path) -> None:
         """Writes what the folder lacks: chunks `START_END.pt`, then `replay.json`, which lists them. If empty, nothing.
 
-        It lacks all that this object has neither written nor loaded there. A save that is killed leaves the one before it whole. Of other files, only chunks that are not listed any more
-        are deleted; no chunk replaces a file.
+        It lacks all that this object has neither written nor loaded. A save that is killed leaves the one before it
+        whole. Of other files, only chunks that are not listed any more are deleted; no chunk replaces a file.
 
         Raises UserError if the folder holds anything but a save of this replay, or if a file cannot be written.
         """
@@ -228,6 +228,8 @@ class ReplayBuffer:
         # A killed run or a copy of this replay may have written other transitions of the same numbers.
         own = takewhile(self._own.__contains__, starmap(Chunk, saved))
         chunks = [chunk for chunk in own if chunk.end > self.oldest]
+        if chunks and int(chunks[0].name.partition("_")[0]) > self.oldest:  # that run was further, and deleted some
+            chunks = []
         for start in range(chunks[-1].end if chunks else self.oldest, self.transitions_added, MAX_CHUNK):
             chunks.append(self._write_chunk(folder, start, min(start + MAX_CHUNK, self.transitions_added)))
         self._own.update(chunks)
