@@ -145,7 +145,7 @@ class DMCWrapper(gym.Env):
         """Starts an episode. A seed alone determines it; only LQR's springs come from the seed of `make`.
 
         Returns observation and info, as `step` does. Raises UserError if pixels are observed and nothing can render,
-        and dm_control's PhysicsError if the simulation diverges at once.
+        and dm_control's PhysicsError if the simulation diverges at once, ten times.
         """
         super().reset(seed=seed)
         if seed is not None:
@@ -153,11 +153,17 @@ class DMCWrapper(gym.Env):
         # Quadruped escape asks for a renderer, to tell it the new terrain. One that starts later sees it anyway.
         self.physics._make_rendering_contexts = lambda: None  # hides the class's method
         try:
-            time_step = self._env.reset()
+            time_step = self._begin_episode()
         finally:
             del self.physics._make_rendering_contexts
         self._last = self._observe(time_step)
         return self._last
+
+    def _begin_episode(self) -> Any:
+        for _ in range(9):
+            with contextlib.suppress(PhysicsError):
+                return self._env.reset()
+        return self._env.reset()
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Repeats an action (A,), in [-1, 1], for `frame_skip` environment steps, or until the episode ends.

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from dm_control.rl.control import PhysicsError
 
 import dmc2gym
 from dmc2gym import rendering
@@ -318,6 +321,14 @@ def test_a_simulation_that_diverges_ends_the_episode(make, from_pixels, frame_sk
     assert "mjWARN_BADQ" in info["physics_error"]
     fresh = make("cheetah", "run", from_pixels=from_pixels, frame_skip=frame_skip)
     assert play(env, 3, reset_seed=2) == play(fresh, 3, reset_seed=2)
+
+
+@pytest.mark.parametrize(("failures", "outcome"), [(9, nullcontext()), (10, pytest.raises(PhysicsError))])
+def test_a_simulation_that_diverges_at_a_reset_is_reset_again(make, failures, outcome):
+    env = make("cheetah", "run")
+    env.unwrapped._env.task.initialize_episode = Mock(side_effect=[PhysicsError("invalid")] * failures + [None])
+    with outcome:
+        assert env.reset(seed=1)[0].shape == (17,)
 
 
 @pytest.mark.parametrize("backend", ["egl", "osmesa"])
