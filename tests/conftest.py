@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 
 import pytest
 
@@ -12,6 +13,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell starts what it runs in the background with SIGINT ignored, and so would be the runs that are to hear it here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
+
+
+@pytest.fixture(autouse=True)
+def order_of_event_files(monkeypatch):
+    """TensorBoard reads files of one second in the order of their names, which end in a counter: 10 comes before 9."""
+    if writer := sys.modules.get("tensorboard.summary.writer.event_file_writer"):
+        monkeypatch.setattr(writer, "_global_uid", writer.AtomicCounter(0))
 
 
 @pytest.fixture
