@@ -130,7 +130,7 @@ class SideBySide:
                 self.call(make, makers)
                 return
             except (OSError, EpisodeError, UserError) as error:
-                cause = str(error).splitlines()[-1]
+                cause = (str(error) or type(error).__name__).splitlines()[-1]
                 self.close()
                 self._children = []
             except BaseException:

@@ -39,12 +39,13 @@ def start_program() -> None:
     # the time of an update. https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    # glibc returns large blocks to the system and takes them anew, which is 60,000 page faults an update from pixels.
+    # glibc returns large blocks to the system and takes them anew: 70,000 page faults an update from pixels.
     # https://www.gnu.org/software/libc/manual/html_node/Malloc-Tunable-Parameters.html
     chosen = "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ)
     if platform.libc_ver()[0] == "glibc" and not chosen:
         libc = ctypes.CDLL(None)
-        # Before 2.35 at most 32 MB were taken, and the second call alone would make all large blocks slower.
+        # Where the first call is refused (older versions take at most 32 MB), the last one alone would have every large
+        # block returned.
         _ = libc.mallopt(M_MMAP_THRESHOLD, 2**30) or libc.mallopt(M_MMAP_THRESHOLD, 2**25)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
