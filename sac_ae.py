@@ -264,7 +264,7 @@ class SacAeAgent(nn.Module):
         # Always float64: float32 would round the many small updates of this one number.
         log_alpha = torch.tensor(math.log(s.init_temperature), dtype=torch.float64, device=self.device)
         self.log_alpha = nn.Parameter(log_alpha)
-        # The layout that oneDNN's convolutions prefer; docs/performance.md says what it gives on which CPU.
+        # docs/performance.md says what this layout in memory gives on which CPU.
         # https://pytorch.org/tutorials/intermediate/memory_format_tutorial.html
         self.layout = torch.channels_last if self.device.type == "cpu" else torch.preserve_format
         self.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
