@@ -39,6 +39,7 @@ STYLES = {  # colours for colour-blind readers (Okabe and Ito), lines and marker
     "SAC:pixel": {"color": "#D55E00", "linestyle": "-.", "marker": "^"},
     "SAC:state": {"color": "#009E73", "linestyle": ":", "marker": "s"},
 }
+DEFAULTS = vars(train.make_parser().parse_args([]))
 FREE = {"seed", "compile"}  # flags that may differ between averaged runs: these, and those that may change at --resume
 FREE |= {name for name, kind in train.make_parser().resume.items() if kind != "fixed"}
 COLUMNS = ["task", "method", "seed", "environment steps", "return", "deviation between episodes", "commit"]
@@ -99,6 +100,7 @@ def read_run(folder: Path) -> pd.DataFrame:
             raise ValueError("there are no evaluations, their steps do not rise, or a number is missing")
     columns |= {"environment steps": steps.astype(int), "return": returns, "run": folder, "end": steps.iloc[-1]}
     columns |= {"deviation between episodes": log["episode_reward_std"], "commit": ""}
+    flags = DEFAULTS | flags  # a flag that is newer than the run had its default value
     runs = pd.DataFrame(columns | {f"--{name}": str(value) for name, value in flags.items() if name not in FREE})
     if (path := folder / "starts.log").exists():
         with reading(path):

@@ -136,14 +136,15 @@ def test_curve_of_runs_of_different_lengths_and_grids(tmp_path):
 def test_notes(tmp_path, capsys):
     """Runs that differ in what makes the method, or have the same seed, are reported; machine and saving are free."""
     make_run(tmp_path / "runs" / "a", [0, 10, 100, 0], device="cpu", save_tb=True, num_train_steps=5, hidden_dim=8)
-    make_run(tmp_path / "runs" / "b", [0, 10, 300, 0], seed=2, device="cuda", save_tb=False, compile=True, old=True)
+    more = {"hidden_dim": 8, "actor_trains_encoder": False}  # a flag that is newer than a
+    make_run(tmp_path / "runs" / "b", [0, 10, 300, 0], seed=2, device="cuda", save_tb=False, compile=True, **more)
     draw(tmp_path)
     assert capsys.readouterr().err == ""
-    make_run(tmp_path / "runs" / "c", [0, 10, 100, 0], seed=2, action_repeat=8, hidden_dim=16, old=False)
+    make_run(tmp_path / "runs" / "c", [0, 10, 100, 0], seed=2, action_repeat=8, hidden_dim=16, freeze_encoder=True)
     draw(tmp_path)
     note = "note: the runs of SAC+AE:pixel on cheetah_run are averaged though"
     assert capsys.readouterr().err.splitlines() == [
-        f"{note} they differ in --action_repeat, --hidden_dim, --old",
+        f"{note} they differ in --action_repeat, --freeze_encoder, --hidden_dim",
         f"{note} some have the same seed",
     ]
 
