@@ -9,7 +9,6 @@ if __name__ == "__main__":
 
 import argparse
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from files import read_json, writing
 from pictures import quality, rgb, side_by_side, some
 from sac_ae import Count, Precision
 from support import report
-from support.checkpoint import load_agent, read_checkpoint
+from support.checkpoint import find_models, load_agent, read_checkpoint
 from support.evaluation import MAX_ENVS, SideBySide, play
 from support.flags import OneLineParser, number, user_path
 from support.machine import check_bf16, check_device, cores, try_out
@@ -35,7 +34,6 @@ from support.signals import Stop, Stopped
 from utils import check_finite
 from video import write_video
 
-MODEL = re.compile(r"(?!target_)(\w+)_(\d+)\.pt")  # the authors' script saves no target
 PANEL = 256  # height and width of each of a video's pictures
 
 
@@ -63,29 +61,14 @@ def run_folder(path: Path) -> Path:
     return path.absolute().parent if is_model else path
 
 
-def find_models(work_dir: Path, step: int | None) -> tuple[Path, int, dict[str, Any] | None]:
-    """Folder and step of the models of `step`, or of the newest. If none were saved, the checkpoint's, and its index.
-
-    Raises UserError if there are none.
-    """
-    if not work_dir.is_dir():
-        raise UserError(
-            f"{work_dir} is not a folder: first name a run's folder, or a folder of models; flags come after it"
-        )
-    for folder in (work_dir / "model", work_dir):
-        found = {match.groups() for path in folder.glob("*.pt") if (match := MODEL.fullmatch(path.name))}
-        # A run that was killed may have saved only some.
-        needed = {"actor", "critic", *(name for name, _ in found if name == "decoder")}
-        steps = {int(at) for _, at in found if {(name, at) for name in needed} <= found}
-        if steps and step is not None and step not in steps:
-            close = sorted(sorted(steps, key=lambda saved: abs(saved - step))[:3])
-            raise UserError(f"{folder} holds no models of step {step}; close ones: {', '.join(map(str, close))}")
-        if steps:
-            return folder, max(steps) if step is None else step, None
-    if (saved := read_checkpoint(work_dir)) and step in (None, saved["progress"]["step"]):
-        return work_dir / "checkpoint", saved["progress"]["step"], saved
-    wanted = "" if step is None else f" of step {step}"
-    raise UserError(f"{work_dir} holds no models{wanted} (actor_STEP.pt, ...): train.py writes them with --save_model")
+def find_agent(work_dir: Path, step: int | None) -> tuple[Path, int, dict[str, Any] | None]:
+    """Folder and step of the models to play. If none were saved, those of the checkpoint, and its index."""
+    try:
+        return *find_models(work_dir, step), None
+    except UserError:
+        if (saved := read_checkpoint(work_dir)) and step in (None, saved["progress"]["step"]):
+            return work_dir / "checkpoint", saved["progress"]["step"], saved
+        raise
 
 
 def training_flags(path: Path, words: list[str]) -> argparse.Namespace:
@@ -131,7 +114,7 @@ class Player:
 
     def __init__(self, args: argparse.Namespace, words: list[str], resources: ExitStack):
         work_dir, self.video = run_folder(Path(args.work_dir)), None if args.video is None else Path(args.video)
-        self.folder, self.step, saved = find_models(work_dir, args.step)
+        self.folder, self.step, saved = find_agent(work_dir, args.step)
         precision = [] if args.precision is None else ["--precision", args.precision]
         flags = training_flags(path := work_dir / "args.json", [*words, *precision])
         check_device(args.device)

@@ -83,6 +83,9 @@ class Settings:
     decoder_weight_lambda: NonNegative = setting(1e-7, "weight decay of the decoder")
     num_layers: Count = setting(4, "convolutions of the encoder, and of the decoder")
     num_filters: Count = setting(32, "channels of a convolution")
+    critic_trains_encoder: bool = setting(True, "let the critic's loss train the encoder")
+    actor_trains_encoder: bool = setting(False, "let the actor's loss train the convolutions")
+    freeze_encoder: bool = setting(False, "let no loss train the encoder; the decoder then does not train either")
     precision: Precision | None = setting(None, "precision of layers; without it fp32, but tf32 in GPU convolutions")
     compile: bool = setting(False, "compile the losses by torch.compile, which takes a minute at first")
 
@@ -91,6 +94,11 @@ class Settings:
             raise UserError(f"unknown precision {self.precision!r}: choose one of {', '.join(get_args(Precision))}")
         if self.actor_log_std_min >= self.actor_log_std_max:
             raise UserError("actor_log_std_min must be below actor_log_std_max")
+        if self.freeze_encoder and self.actor_trains_encoder:
+            raise UserError("freeze_encoder and actor_trains_encoder exclude each other: leave one of them out")
+        changed = self.freeze_encoder or self.actor_trains_encoder or not self.critic_trains_encoder
+        if changed and self.encoder_type == "identity":
+            raise UserError("states have no encoder: leave freeze_encoder and what trains the encoder as they are")
 
 
 def set_precision(precision: Precision | None) -> None:
@@ -258,6 +266,7 @@ class SacAeAgent(nn.Module):
         self.critic = Critic(obs_shape, action_shape, s)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.actor.encoder.copy_conv_weights_from(self.critic.encoder)  # actor and critic share the convolutions
+        self.critic.encoder.requires_grad_(not s.freeze_encoder)
         self.decoder = make_decoder(s.decoder_type, obs_shape, s.encoder_feature_dim, s.num_layers, s.num_filters)
         if self.decoder is not None:
             self.decoder.apply(weight_init)
@@ -270,7 +279,7 @@ class SacAeAgent(nn.Module):
         self.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
 
         self.critic_optimizer = self.adam(self.critic.parameters(), s.critic_lr, s.critic_beta)
-        # The actor's convolutions are the critic's, but `actor_loss` gives them no gradient.
+        # The actor's convolutions are the critic's: `actor_loss` decides whether they get a gradient.
         self.actor_optimizer = self.adam(self.actor.parameters(), s.actor_lr, s.actor_beta)
         self.log_alpha_optimizer = self.adam([self.log_alpha], s.alpha_lr, s.alpha_beta)
         if self.decoder is not None:
@@ -310,7 +319,9 @@ class SacAeAgent(nn.Module):
         return Due(
             actor=step % self.settings.actor_update_freq == 0,
             target=step % self.settings.critic_target_update_freq == 0,
-            decoder=self.decoder is not None and step % self.settings.decoder_update_freq == 0,
+            decoder=self.decoder is not None
+            and not self.settings.freeze_encoder
+            and step % self.settings.decoder_update_freq == 0,
         )
 
     def update_from(self, batch: Iterable[Tensor], due: Due) -> Metrics:
@@ -336,6 +347,8 @@ class SacAeAgent(nn.Module):
         if due.target:
             self.update_target()
         if due.decoder:
+            if due.actor and self.settings.actor_trains_encoder:
+                hidden = self.critic.encoder.forward_conv(batch.obs)  # the actor has changed the convolutions
             metrics |= self.update_decoder(batch.obs, hidden)
         return metrics
 
@@ -349,7 +362,10 @@ class SacAeAgent(nn.Module):
             _, next_action, next_log_pi, _ = self.actor(batch.next_obs)
             target_v = torch.min(*self.critic_target(batch.next_obs, next_action)) - self.alpha * next_log_pi
             target_q = batch.reward + batch.not_done * self.settings.discount * target_v
-        q1, q2 = self.critic(batch.obs, batch.action)
+        feature = self.critic.encoder(batch.obs)
+        if not self.settings.critic_trains_encoder:
+            feature = feature.detach()
+        q1, q2 = self.critic.values(feature, batch.action)
         return F.mse_loss(q1, target_q) + F.mse_loss(q2, target_q)
 
     def update_actor_and_alpha(self, hidden: Tensor) -> Metrics:
@@ -366,7 +382,8 @@ class SacAeAgent(nn.Module):
         `hidden` is the output of the convolutions, which actor and critic share. The paper's KL divergence is this loss
         divided by alpha, up to a constant.
         """
-        hidden = hidden.detach()  # the loss does not train the convolutions (paper, section 5.2)
+        if not self.settings.actor_trains_encoder:
+            hidden = hidden.detach()  # the loss does not train the convolutions (paper, section 5.2)
         _, pi, log_pi, log_std = self.actor.policy(self.actor.encoder.forward_head(hidden))
         q = torch.min(*self.critic.values(self.critic.encoder.forward_head(hidden), pi))
         loss = (self.alpha.detach() * log_pi - q).mean()
@@ -442,13 +459,19 @@ class SacAeAgent(nn.Module):
         return pi if sample else mu
 
     @torch.no_grad()
+    def features(self, obs: np.ndarray) -> Tensor:
+        """The critic's features (N, D) of observations (N, ...), on the agent's device."""
+        with self.layers_in_bf16():
+            return self.critic.encoder(self.to_network_input(torch.from_numpy(obs)))
+
+    @torch.no_grad()
     def reconstruct(self, obs: np.ndarray) -> np.ndarray:
         """The decoder's image (N, C, H, W) of observations (N, C, H, W), both uint8 pixels.
 
         Raises RuntimeError if there is no decoder.
         """
         with self.layers_in_bf16():
-            image = self.decode(self.critic.encoder(self.to_network_input(torch.from_numpy(obs))))
+            image = self.decode(self.features(obs))
         return ((image + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
     def decode(self, feature: Tensor) -> Tensor:
@@ -578,6 +601,21 @@ class SacAeAgent(nn.Module):
         except UserError:
             self.load_state_dict(before)
             raise
+
+    def load_encoder(self, model_dir: str | Path, step: int) -> None:
+        """Takes the encoder of a critic that `save` or the authors' script wrote, for critic and target.
+
+        Raises UserError, which leaves the agent unchanged and names the file, if it is missing or damaged, or if its
+        encoder has other shapes.
+        """
+        encoder = copy.deepcopy(self.critic.encoder)
+        with loading(Path(model_dir) / f"critic_{step}.pt", self.device) as state:
+            parameters = {name.removeprefix("encoder."): state[name] for name in state if name.startswith("encoder.")}
+            if not parameters:
+                raise ValueError("it holds no encoder, as if it had been trained on states")
+            encoder.load_state_dict(parameters)
+        for critic in (self.critic, self.critic_target):
+            critic.encoder.load_state_dict(encoder.state_dict())
 
 
 def aligned(array: np.ndarray) -> Tensor:

@@ -12,6 +12,7 @@ import functools
 import sys
 import time
 from contextlib import ExitStack, closing
+from pathlib import Path
 from typing import Any, Literal
 
 import cloudpickle
@@ -25,8 +26,9 @@ from logger import Logger, log_networks
 from pictures import quality, some
 from randomness import random_action, seed_of
 from sac_ae import Count, NonNegative, SacAeAgent
+from sac_vae import SacVaeAgent
 from support import report
-from support.checkpoint import Lock, Progress, Run, parse_run
+from support.checkpoint import Lock, Progress, Run, find_models, parse_run
 from support.cuda_graph import Graphs
 from support.evaluation import MAX_ENVS, SideBySide, play
 from support.flags import OneLineParser, number, settings_of, user_path
@@ -35,7 +37,7 @@ from support.signals import Stopped
 from utils import FrameStack, check_finite, eval_mode, set_seed_everywhere
 from video import VideoRecorder
 
-AGENTS: dict[str, type[SacAeAgent]] = {"sac_ae": SacAeAgent}
+AGENTS: dict[str, type[SacAeAgent]] = {"sac_ae": SacAeAgent, "sac_vae": SacVaeAgent}
 EPISODE_LENGTH = 1000  # environment steps
 
 
@@ -65,6 +67,8 @@ def make_parser() -> OneLineParser:
     add = parser.section("agent")
     for name, (kind, default, text) in settings_of(AGENTS.values()).items():
         add(name, kind, default, text)
+    add("load_encoder", user_path, None, "begin with the encoder of models that are saved in this folder")
+    add("load_step", number(int, 0), None, "decisions after which these were saved; without it the newest")
     add = parser.section("run")
     add("work_dir", user_path, "./log", "run folder; a new one without --resume or --overwrite", resume="command")
     add("resume", bool, False, "continue the run in work_dir, or start one there", resume="command")
@@ -123,6 +127,19 @@ def make_agent(args: argparse.Namespace, obs_shape: tuple[int, ...], action_shap
     if args.cuda_graph == "auto" and agent.device.type == "cuda":
         Graphs(agent, report.say)  # replaces the agent's `update_from` and `actions`
     return agent
+
+
+def load_encoder(agent: SacAeAgent, args: argparse.Namespace) -> list[str]:
+    """Takes the encoder that --load_encoder names, if it does; the line to print. Raises UserError."""
+    if args.load_encoder is None:
+        if args.load_step is not None:
+            raise UserError("load_step needs load_encoder, the folder of the models")
+        return []
+    if args.encoder_type == "identity":
+        raise UserError("load_encoder needs encoder_type pixel: states have no encoder")
+    folder, args.load_step = find_models(Path(args.load_encoder), args.load_step)
+    agent.load_encoder(folder, args.load_step)
+    return [f"encoder: that of {folder}, step {args.load_step}"]
 
 
 def train(run: Run) -> None:
@@ -292,6 +309,7 @@ def open_run(
         try_out(spare, args)
     env = resources.enter_context(closing(make()))
     agent = make_agent(args, env.observation_space.shape, env.action_space.shape)
+    loaded = load_encoder(agent, args) if saved is None else []  # later it is the checkpoint's
     replay = make_replay(args, env, agent.device)
     envs = SideBySide(make, min(args.num_eval_episodes, MAX_ENVS), args.eval_workers)
     run = Run(args, env, agent, replay, resources.enter_context(closing(envs)))
@@ -303,7 +321,7 @@ def open_run(
     resources.enter_context(closing(run.logger))
     resources.enter_context(run.stop.listen())
     ended = run.progress.ended(args.num_train_steps)
-    return run, lines if ended else [*lines, *report.describe(run, renderer)]
+    return run, lines if ended else [*lines, *loaded, *report.describe(run, renderer)]
 
 
 def carry_out(run: Run, prog: str) -> int:

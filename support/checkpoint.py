@@ -40,6 +40,7 @@ INDEX = "checkpoint.json"
 # In `checkpoint`, beside the index: a file of tensors, chunks of the replay, and what a killed write leaves.
 STATE, CHUNK = r"state_\d{19}\.pt", r"\d+_\d+\.pt"
 FILES = re.compile(rf"{STATE}|{CHUNK}|\.({STATE}|{CHUNK}|checkpoint\.json)\.sac_ae_tmp")
+MODEL = re.compile(r"(?!target_)(\w+)_(\d+)\.pt")  # the authors' script saves no target
 
 
 @dataclass
@@ -170,6 +171,27 @@ def check_writable(folder: Path, name: str) -> None:
 def run_files(path: Path) -> list[str]:
     """Which of NAMES are in a folder."""
     return [name for name in NAMES if os.path.lexists(path / name)]
+
+
+def find_models(path: Path, step: int | None) -> tuple[Path, int]:
+    """Folder and step of the models of `step`, or of the newest, in a run's folder or a folder of models.
+
+    Raises UserError if there are none.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder: name a run's folder, or a folder of models")
+    for folder in (path / "model", path):
+        found = {match.groups() for file in folder.glob("*.pt") if (match := MODEL.fullmatch(file.name))}
+        # A run that was killed may have saved only some.
+        needed = {"actor", "critic", *(name for name, _ in found if name == "decoder")}
+        steps = {int(at) for _, at in found if {(name, at) for name in needed} <= found}
+        if steps and step is not None and step not in steps:
+            close = sorted(sorted(steps, key=lambda saved: abs(saved - step))[:3])
+            raise UserError(f"{folder} holds no models of step {step}; close ones: {', '.join(map(str, close))}")
+        if steps:
+            return folder, max(steps) if step is None else step
+    wanted = "" if step is None else f" of step {step}"
+    raise UserError(f"{path} holds no models{wanted} (actor_STEP.pt, ...): train.py writes them with --save_model")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any] | None:

@@ -28,13 +28,13 @@ def load(name):
     return json.loads((DATA / f"{name}.json").read_text())
 
 
-def start(case, device="cpu", dtype=torch.float64, **settings):
+def start(case, device="cpu", dtype=torch.float64, cls=SacAeAgent, **settings):
     """An agent with the case's parameters, and what draws its batches."""
     obs_shape, types = (case.get("state"),), {"encoder_type": "identity", "decoder_type": "identity"}
     if "state" not in case:
         obs_shape = (case["channels"], case["size"], case["size"])
         types = {"encoder_feature_dim": case["feature"], "num_layers": case["layers"], "num_filters": case["filters"]}
-    agent = SacAeAgent(obs_shape, (case["actions"],), device, hidden_dim=case["hidden"], **types, **settings)
+    agent = cls(obs_shape, (case["actions"],), device, hidden_dim=case["hidden"], **types, **settings)
     rs = np.random.RandomState(case["seed"])
     draw_parameters(agent.double(), rs)
     for network in agent.networks.values():
@@ -89,7 +89,7 @@ def noise(normals, uniforms):
 
     def give(queue):
         def like(tensor, **_):
-            values = torch.as_tensor(queue.pop(0), dtype=tensor.dtype, device=tensor.device)
+            values = torch.tensor(queue.pop(0), dtype=tensor.dtype, device=tensor.device)
             assert values.shape == tensor.shape
             return values
 

@@ -17,15 +17,19 @@ import torch.nn.functional as F
 Params = dict[str, torch.Tensor]
 
 
-def encode(p: Params, obs, detach=False):
-    if "encoder.fc.weight" not in p:
-        return obs
+def convolve(p: Params, obs):
     x = obs / 255.0
     i = 0
     while f"encoder.convs.{i}.weight" in p:
         x = F.relu(F.conv2d(x, p[f"encoder.convs.{i}.weight"], p[f"encoder.convs.{i}.bias"], stride=2 if i == 0 else 1))
         i += 1
-    x = x.reshape(x.shape[0], -1)
+    return x.reshape(x.shape[0], -1)
+
+
+def encode(p: Params, obs, detach=False):
+    if "encoder.fc.weight" not in p:
+        return obs
+    x = convolve(p, obs)
     if detach:
         x = x.detach()
     x = F.linear(x, p["encoder.fc.weight"], p["encoder.fc.bias"])
@@ -64,13 +68,32 @@ def decode(p: Params, feature, height, width):
     )
 
 
+def leaf(tensor):
+    return tensor.detach().clone().requires_grad_()
+
+
+def make_adam(params, lr, beta=0.9, decay=0.0):
+    return torch.optim.Adam(params, lr=lr, betas=(beta, 0.999), weight_decay=decay, foreach=False, fused=False)
+
+
 class PlainAgent:
-    """SAC+AE at the default hyper-parameters, from given parameters (state dicts)."""
+    """SAC+AE at the default hyper-parameters, from given parameters (state dicts).
 
-    def __init__(self, actor: Params, critic: Params, decoder: Params | None):
-        def leaf(tensor):
-            return tensor.detach().clone().requires_grad_()
+    Keywords are those flags of the paper's other experiments.
+    """
 
+    def __init__(
+        self,
+        actor: Params,
+        critic: Params,
+        decoder: Params | None,
+        critic_trains_encoder=True,
+        actor_trains_encoder=False,
+        freeze_encoder=False,
+        decoder_update_freq=1,
+    ):
+        self.detach, self.decoder_update_freq = not actor_trains_encoder, decoder_update_freq
+        self.frozen = freeze_encoder
         self.critic = {name: leaf(tensor) for name, tensor in critic.items()}
         self.target = {name: tensor.detach().clone() for name, tensor in critic.items()}
         self.actor = {
@@ -81,16 +104,16 @@ class PlainAgent:
         any_parameter = next(iter(self.critic.values()))
         self.log_alpha = torch.tensor(np.log(0.1), device=any_parameter.device, requires_grad=True)
 
-        def adam(params, lr, beta, decay=0.0):
-            return torch.optim.Adam(params, lr=lr, betas=(beta, 0.999), weight_decay=decay, foreach=False, fused=False)
-
-        self.critic_adam = adam(list(self.critic.values()), 1e-3, 0.9)
-        self.actor_adam = adam(list(self.actor.values()), 1e-3, 0.9)
-        self.alpha_adam = adam([self.log_alpha], 1e-4, 0.5)
+        self.encoder = [tensor for name, tensor in self.critic.items() if name.startswith("encoder.")]
+        q_functions = [tensor for name, tensor in self.critic.items() if name.startswith("Q")]
+        heads = [tensor for name, tensor in self.actor.items() if not name.startswith("encoder.convs")]
+        trains_encoder = critic_trains_encoder and not freeze_encoder
+        self.critic_adam = make_adam(self.encoder + q_functions if trains_encoder else q_functions, 1e-3)
+        self.actor_adam = make_adam(list(self.actor.values()) if actor_trains_encoder else heads, 1e-3)
+        self.alpha_adam = make_adam([self.log_alpha], 1e-4, 0.5)
         if self.decoder is not None:
-            encoder = [tensor for name, tensor in self.critic.items() if name.startswith("encoder.")]
-            self.encoder_adam = adam(encoder, 1e-3, 0.9)
-            self.decoder_adam = adam(list(self.decoder.values()), 1e-3, 0.9, decay=1e-7)
+            self.encoder_adam = make_adam(self.encoder, 1e-3)
+            self.decoder_adam = make_adam(list(self.decoder.values()), 1e-3, decay=1e-7)
 
     def act(self, obs):
         """Actions (N, A) for observations (N, ...)."""
@@ -125,8 +148,8 @@ class PlainAgent:
         losses["critic_loss"] = self.step(loss, self.critic_adam)
 
         if step % 2 == 0:
-            new_action, log_prob = policy(self.actor, obs, detach=True)
-            q1, q2 = values(self.critic, obs, new_action, detach=True)
+            new_action, log_prob = policy(self.actor, obs, self.detach)
+            q1, q2 = values(self.critic, obs, new_action, self.detach)
             alpha = self.log_alpha.exp()
             loss = (alpha.detach() * log_prob - torch.minimum(q1, q2)).mean()
             losses["actor_loss"] = self.step(loss, self.actor_adam)
@@ -137,14 +160,19 @@ class PlainAgent:
                 tau = 0.05 if name.startswith("encoder.") else 0.01
                 tensor.copy_(tau * self.critic[name].detach() + (1 - tau) * tensor)
 
-        if self.decoder is not None:
-            feature = encode(self.critic, obs)
-            side = [obs.shape[i] // 2 - 1 - 2 * (self.num_layers() - 1) for i in (2, 3)]
-            reconstruction = decode(self.decoder, feature, *side)
-            goal = torch.floor(obs / 8) / 32 + torch.rand_like(obs) / 32 - 0.5
-            loss = ((reconstruction - goal) ** 2).mean() + 1e-6 * (0.5 * (feature**2).sum(1)).mean()
-            losses["ae_loss"] = self.step(loss, self.encoder_adam, self.decoder_adam)
+        if self.decoder is not None and step % self.decoder_update_freq == 0 and not self.frozen:
+            losses["ae_loss"] = self.step(self.ae_loss(obs), self.encoder_adam, self.decoder_adam)
         return losses
+
+    def ae_loss(self, obs):
+        feature = encode(self.critic, obs)
+        return self.distance(feature, obs) + 1e-6 * (0.5 * (feature**2).sum(1)).mean()
+
+    def distance(self, feature, obs):
+        """Mean squared error of the images that are decoded from features."""
+        side = [obs.shape[i] // 2 - 1 - 2 * (self.num_layers() - 1) for i in (2, 3)]
+        goal = torch.floor(obs / 8) / 32 + torch.rand_like(obs) / 32 - 0.5
+        return ((decode(self.decoder, feature, *side) - goal) ** 2).mean()
 
     def num_layers(self):
         """Convolutions of the encoder."""
@@ -158,6 +186,27 @@ class PlainAgent:
         for adam in adams:
             adam.step()
         return loss.item()
+
+
+class PlainVae(PlainAgent):
+    """SAC on a variational autoencoder. The actor has no linear layer of its own: it learns from the mean."""
+
+    def __init__(self, actor, critic, decoder, log_variance: Params, beta, actor_trains_encoder=False, **flags):
+        super().__init__(actor, critic, decoder, actor_trains_encoder=actor_trains_encoder, **flags)
+        self.actor |= {name: tensor for name, tensor in self.critic.items() if name.startswith("encoder.")}
+        trunk = [tensor for name, tensor in self.actor.items() if name.startswith("trunk.")]
+        self.log_variance, self.beta = {name: leaf(tensor) for name, tensor in log_variance.items()}, beta
+        self.actor_adam = make_adam(trunk + self.encoder if actor_trains_encoder else trunk, 1e-3)
+        self.encoder_adam = make_adam([*self.encoder, *self.log_variance.values()], 1e-3)
+
+    def ae_loss(self, obs):
+        mean = encode(self.critic, obs)
+        log_variance = F.linear(convolve(self.critic, obs), self.log_variance["weight"], self.log_variance["bias"])
+        posterior = torch.distributions.Normal(mean, torch.exp(log_variance).sqrt())
+        prior = torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean))
+        sample = mean + torch.randn_like(mean) * posterior.scale
+        divergence = torch.distributions.kl_divergence(posterior, prior).sum(1).mean()
+        return self.distance(sample, obs) + self.beta * divergence
 
 
 class PlainReplay:

@@ -8,6 +8,7 @@ import torch
 from agents import SHAPES, Recorder, assert_equal, make_agent, make_replay, observations, train
 
 from sac_ae import SacAeAgent
+from sac_vae import SacVaeAgent
 from support import cuda_graph
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -31,6 +32,11 @@ def both(kind, steps=STEPS, report=pytest.fail, **settings):
         # Whether the actor is due goes with the decoder, both every second step; the target every third.
         ("pixel", {"critic_target_update_freq": 3, "decoder_update_freq": 2}, 4),
         ("state", {}, 2),
+        ("pixel", {"actor_trains_encoder": True, "decoder_update_freq": 3}, 4),
+        ("pixel", {"critic_trains_encoder": False}, 2),
+        ("pixel", {"freeze_encoder": True}, 2),
+        ("pixel", {"cls": SacVaeAgent, "beta": 0.1}, 2),
+        ("pixel", {"cls": SacVaeAgent, "critic_trains_encoder": False, "decoder_update_freq": 3}, 4),
     ],
 )
 def test_the_same_as_plain(recorded, kind, settings, made):

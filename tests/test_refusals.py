@@ -60,6 +60,7 @@ def env(stack=FrameStack, **attributes):
 
 
 HUGE, LONG_NAME, URL = "1" + 400 * "0", 300 * "x", "gs://bucket/run"
+ENCODER = "--freeze_encoder", "--actor_trains_encoder", "--no-critic_trains_encoder"
 REFUSED = [  # words, what is said, what the row needs; words may begin with a program other than train
     ("--domain_name chetah --task_name run", "no task chetah run; close ones: cheetah run", simulator),
     ("--image_size 83", "even", simulator),
@@ -76,6 +77,12 @@ REFUSED = [  # words, what is said, what the row needs; words may begin with a p
     ("--actor_log_std_min 3", "actor_log_std_min must be below"),
     ("--encoder_type identity", "decoder_type pixel needs encoder_type pixel"),
     ("--precision fp16", "--precision: invalid choice: 'fp16'"),
+    ("--freeze_encoder --actor_trains_encoder", "freeze_encoder and actor_trains_encoder exclude each other"),
+    *((f"{flag} --encoder_type identity --decoder_type identity", "states have no encoder") for flag in ENCODER),
+    ("--beta 0.1", "the agent sac_ae has no setting beta: leave --beta out"),
+    ("--agent sac_vae --decoder_type identity", "sac_vae needs encoder_type pixel and decoder_type pixel"),
+    ("--agent sac_vae --encoder_type identity --decoder_type identity", "sac_vae needs encoder_type pixel"),
+    ("--agent sac_vae --decoder_latent_lambda 1", "sac_vae has no decoder_latent_lambda: beta takes its place"),
     ("--batch 12", "unrecognized arguments: --batch"),
     ("--save_tb=false", "argument --save_tb/--no-save_tb: ignored explicit argument 'false'"),
     ("sweep: --dry_run True", "unrecognized arguments: True"),

@@ -1,0 +1,240 @@
+"""The paper's other experiments: who trains the encoder, an encoder that was saved, a variational autoencoder."""
+
+from __future__ import annotations
+
+import copy
+import re
+import shutil
+import signal
+
+import golden
+import plain
+import pytest
+import torch
+from agents import OneBatch, Recorder, make_agent, updates
+from folders import outcome
+from forked import Forked, slow_disk
+from runs import METHODS, TOY, read_log
+from toy import make_toy_env
+
+import train
+from errors import UserError
+from sac_vae import SacVaeAgent
+from utils import module_hash
+
+ALTERNATING = {"critic_trains_encoder": False, "decoder_update_freq": 3}
+EXPERIMENTS = {  # keywords of the agent
+    "actor": {"actor_trains_encoder": True, "decoder_update_freq": 3},
+    "alternating": ALTERNATING,
+    "actor alone": {"actor_trains_encoder": True, "critic_trains_encoder": False},
+    "frozen": {"freeze_encoder": True},
+    "vae": {"cls": SacVaeAgent, "beta": 0.01},
+    "alternating vae": {"cls": SacVaeAgent, "beta": 0.01} | ALTERNATING,
+    "joint vae": {"cls": SacVaeAgent, "beta": 0.01, "actor_trains_encoder": True},
+    "frozen vae": {"cls": SacVaeAgent, "freeze_encoder": True, "beta": 0.01},
+}
+RUN = [*TOY, *"--init_steps 20 --num_train_steps 85 --eval_freq 40 --checkpoint_minutes 0".split()]
+PARTS = {  # attributes of the agent, by what the experiments tell apart
+    "convolutions": ("critic.encoder.convs", "actor.encoder.convs"),
+    "encoder's head": ("critic.encoder.fc", "critic.encoder.ln"),
+    "Q": ("critic.Q1", "critic.Q2"),
+    "actor": ("actor.trunk",),
+    "decoder": ("decoder",),
+    "target's encoder": ("critic_target.encoder",),
+}
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch):
+    monkeypatch.setattr(train, "make_env", make_toy_env)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run that has saved its models."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_env", make_toy_env)
+        assert train.main([*RUN, "--save_model", "--seed", "2", "--work_dir", str(folder)]) == 0
+    return folder
+
+
+def flags_of(experiment, folder=None):
+    """The command line of an experiment, which begins with the encoder of a folder."""
+    settings = dict(EXPERIMENTS[experiment])
+    words = ["--agent", "sac_vae"] if settings.pop("cls", None) else []
+    words += [] if folder is None else ["--load_encoder", str(folder)]
+    for name, value in settings.items():
+        words += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+    return words
+
+
+def plain_agent(agent, cls=None, beta=None, **flags):
+    """The restatement of an agent, with the same parameters."""
+    states = [network.state_dict() for network in (agent.actor, agent.critic, agent.decoder)]
+    if cls is None:
+        return plain.PlainAgent(*states, **flags)
+    return plain.PlainVae(*states, agent.log_variance.state_dict(), beta, **flags)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_same_as_the_plain_restatement(experiment):
+    """Losses and parameters, to 1e-9."""
+    settings = EXPERIMENTS[experiment]
+    case = golden.load("pixel")["case"] | {"size": 24, "layers": 2, "updates": 7}
+    agent, rs = golden.start(case, **settings)
+    restated, other = plain_agent(agent, **settings), plain_agent(agent)
+    for step, batch, normals, uniforms in golden.draw_batches(case, rs):
+        normals = normals[: 2 - step % 2]  # the actor's is not drawn where it is not due
+        sample = rs.standard_normal((case["batch"], case["feature"]))
+        floats = tuple(field.double() for field in batch)
+        with golden.noise([*normals, sample], uniforms):
+            metrics = agent.update(OneBatch(batch), Recorder(), step)
+        with golden.noise([*normals, sample], uniforms):
+            losses = restated.update(floats, step)
+        with golden.noise(normals, uniforms):
+            others = other.update(floats, step)
+        metrics = {key: value.item() for key, value in metrics.items()}
+        assert golden.losses(metrics | {"step": step}) == pytest.approx(losses, rel=1e-9)
+    assert losses != pytest.approx(others, rel=1e-6)  # the method itself would come to something else
+    for name, parameters in (
+        ("actor", restated.actor),
+        ("critic", restated.critic),
+        ("critic_target", restated.target),
+    ):
+        torch.testing.assert_close(
+            agent.get_submodule(name).state_dict(), {key: value.detach() for key, value in parameters.items()},
+            rtol=1e-9, atol=1e-12,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("experiment", "still"),
+    [
+        ("actor", set()),
+        ("alternating", set()),
+        ("frozen", {"convolutions", "encoder's head", "decoder", "target's encoder"}),
+        ("frozen vae", {"convolutions", "encoder's head", "decoder", "target's encoder"}),
+        ("vae", set()),
+    ],
+)
+def test_what_learns(experiment, still):
+    agent = make_agent(**EXPERIMENTS[experiment])
+    before = copy.deepcopy(agent)
+    updates(agent, range(4))
+    for part, names in PARTS.items():
+        for name in names:
+            same = module_hash(agent.get_submodule(name)) == module_hash(before.get_submodule(name))
+            assert same == (part in still), name
+
+
+def test_between_the_decoders_updates_an_alternating_encoder_stays():
+    """Neither critic nor actor train it; the critic's Q functions learn."""
+    for experiment in ("alternating", "alternating vae"):
+        agent = make_agent(**EXPERIMENTS[experiment])
+        for step in range(1, 7):
+            before = [module_hash(part) for part in (agent.critic.encoder, agent.critic.Q1, agent.actor.trunk)]
+            updates(agent, [step])
+            after = [module_hash(part) for part in (agent.critic.encoder, agent.critic.Q1, agent.actor.trunk)]
+            assert [old != new for old, new in zip(before, after, strict=True)] == [step % 3 == 0, True, step % 2 == 0]
+
+
+def test_features_of_a_variational_autoencoder():
+    """Actor and critic get the mean, which has no noise; the decoder's loss draws anew each time."""
+    agent = make_agent(**EXPERIMENTS["vae"])
+    obs = torch.randint(0, 256, (8, 9, 16, 16)).float()
+    feature = agent.critic.encoder(obs)
+    assert torch.equal(agent.actor.encoder(obs), feature)
+    assert torch.equal(agent.features(obs.byte().numpy()), feature)
+    with torch.no_grad():
+        losses = {agent.decoder_loss(obs, agent.critic.encoder.forward_conv(obs)).item() for _ in range(3)}
+    assert len(losses) == 3
+
+
+# Saved encoders
+
+
+def test_an_encoder_is_loaded_for_critic_and_target(trained, tmp_path, capsys):
+    """Of the newest models or of those that are named, by run or by folder; nothing else is taken."""
+    for words, step in (([], 85), (["--load_step", "40"], 40)):
+        for folder in (trained, trained / "model"):
+            work_dir = tmp_path / f"{step}_{folder.name}"
+            flags = [*RUN, *words, "--load_encoder", str(folder), "--save_model", "--num_train_steps", "1"]
+            assert train.main([*flags, "--work_dir", str(work_dir)]) == 0
+            assert f"encoder: that of {trained / 'model'}, step {step}\n" in capsys.readouterr().out
+            theirs = torch.load(trained / "model" / f"critic_{step}.pt")
+            mine = torch.load(work_dir / "model" / "critic_0.pt")
+            target = torch.load(work_dir / "model" / "target_0.pt")["critic_target"]
+            convolutions = torch.load(work_dir / "model" / "actor_0.pt")
+            for name in mine:
+                same = name.startswith("encoder.")
+                assert torch.equal(mine[name], theirs[name]) == same or mine[name].eq(0).all()
+                assert torch.equal(mine[name], target[name])
+                if ".convs." in name:
+                    assert torch.equal(mine[name], convolutions[name])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--load_encoder RUN --num_filters 3", ["critic_85.pt", "Size([2, 9, 3, 3])", "Size([3, 9, 3, 3])"]),
+        ("--load_encoder RUN --image_size 32", ["critic_85.pt", "torch.Size([50, 162])", "torch.Size([50, 338])"]),
+        ("--load_encoder RUN --num_layers 1", ["critic_85.pt", "convs.1"]),
+        ("--load_encoder RUN --load_step 41", ["holds no models of step 41; close ones: 0, 40, 80"]),
+        ("--load_encoder TMP", ["holds no models"]),
+        ("--load_encoder TMP/none", ["is not a folder"]),
+        ("--load_encoder STATES", ["critic_1.pt", "it holds no encoder"]),
+        ("--load_step 40", ["load_step needs load_encoder"]),
+        ("--load_encoder RUN --encoder_type identity --decoder_type identity", ["load_encoder needs encoder_type"]),
+    ],
+)  # fmt: skip
+def test_encoders_that_are_refused(trained, tmp_path, capsys, flags, words):
+    """In a line, before anything is written."""
+    states = tmp_path / "states"
+    assert (
+        train.main([*RUN, *METHODS["sac_state"], *"--num_train_steps 1 --save_model --work_dir".split(), str(states)])
+        == 0
+    )
+    places = {"RUN": str(trained), "TMP": str(tmp_path), "STATES": str(states)}
+    given = re.sub("RUN|TMP|STATES", lambda match: places[match[0]], flags).split()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        train.main([*RUN, *given, "--work_dir", str(tmp_path / "log")])
+    error = capsys.readouterr().err
+    assert (exit_.value.code, error.count("\n")) == (2, 1)
+    assert [word for word in words if word not in error] == [], error
+    assert not (tmp_path / "log").exists()
+
+
+def test_a_refused_encoder_changes_nothing(trained):
+    agent = make_agent(num_filters=3)
+    before = module_hash(agent)
+    with pytest.raises(UserError, match=r"critic_85\.pt"):
+        agent.load_encoder(trained / "model", 85)
+    assert module_hash(agent) == before
+
+
+# Runs
+
+
+@pytest.mark.parametrize("experiment", ["actor", "alternating", "frozen", "alternating vae", "joint vae"])
+def test_killed_and_resumed(trained, tmp_path, experiment):
+    """It comes to what a run comes to that never stopped, also if the loaded models are gone by then."""
+    models = shutil.copytree(trained / "model", tmp_path / "models")
+    flags = [*RUN, *flags_of(experiment, models)]
+    assert train.main([*flags, "--work_dir", str(tmp_path / "whole")]) == 0
+    folder = tmp_path / "log"
+
+    def start():
+        slow_disk()
+        return train.main([*flags, "--work_dir", str(folder)])
+
+    process = Forked(start)
+    assert any(line.startswith("| train | E: 2") for line in process.stdout)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    shutil.rmtree(models)
+    assert train.main([*flags, "--work_dir", str(folder), "--resume"]) == 0
+    assert outcome(folder) == outcome(tmp_path / "whole")
+    assert len(read_log(folder / "eval.log")) == 3
