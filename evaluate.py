@@ -27,7 +27,7 @@ from pictures import quality, rgb, side_by_side, some
 from sac_ae import Count, Precision
 from support import report
 from support.checkpoint import find_models, load_agent, read_checkpoint
-from support.evaluation import MAX_ENVS, SideBySide, play
+from support.evaluation import MAX_ENVS, SideBySide, play, states
 from support.flags import OneLineParser, number, user_path
 from support.machine import check_bf16, check_device, cores, try_out
 from support.signals import Stop, Stopped
@@ -35,6 +35,7 @@ from utils import check_finite
 from video import write_video
 
 PANEL = 256  # height and width of each of a video's pictures
+RIDGE = 1e-3  # of --probe
 
 
 def make_parser() -> OneLineParser:
@@ -49,6 +50,7 @@ def make_parser() -> OneLineParser:
     add("episodes", Count, 10, "episodes to play, up to ten side by side")
     add("seed", number(int, 0, 2**32 - 1), 1_000_000, "seed of the episodes, unlike those of training")
     add("video", user_path, None, "new mp4 file for a video of the first episode")
+    add("probe", bool, False, "also print how well a linear map finds the task's state in the encoder's features")
     add("eval_workers", Count, cores(), "processes for evaluation, at most one per episode; 1: no extra process")
     add("device", str, "cuda" if torch.cuda.is_available() else "cpu", "device of the networks")
     add("precision", Precision | None, None, "precision of layers; without it the run's")
@@ -126,6 +128,7 @@ class Player:
         make_env = partial(train.make_env, flags, flags.seed)
         with closing(make_env()) as env:
             try_out(env, flags)
+            self.state_names = names_to_probe(env, args.episodes) if args.probe else []
             self.agent = train.make_agent(flags, env.observation_space.shape, env.action_space.shape)
         try:
             if saved is None:
@@ -143,6 +146,8 @@ class Player:
         self.envs, self.stop = resources.enter_context(closing(envs)), Stop()
         self.seen: list[np.ndarray] = []  # observations of the first episode
         self.scenes: list[np.ndarray] = []  # rendered pictures of it, for the video
+        self.features: list[list[np.ndarray]] = [[] for _ in self.seeds]  # (D,) of each observation of each episode
+        self.states: list[list[np.ndarray]] = [[] for _ in self.seeds]  # (S,), those that belong to them
 
     def play(self) -> np.ndarray:
         """Plays the episodes and keeps what the first one shows; their returns (N,).
@@ -153,12 +158,21 @@ class Player:
         """
         for moment in report.progress_bar(play(self.envs, self.seeds, self.act), "evaluation"):
             self.stop.check()
-            if moment.in_first_episode:
+            if 0 in moment.obs:
                 self.seen.append(moment.obs[0].copy())
                 self.scenes += [] if self.video is None else [self.envs.render()]
+            if self.state_names:
+                self.note_features(moment.obs)
         for episode, error in moment.physics_errors.items():
             report.warn_of_divergence(f"episode {episode}, decision {moment.lengths[episode]}", error)
         return moment.returns
+
+    def note_features(self, obs: dict[int, np.ndarray]) -> None:
+        """Keeps the features of some episodes' observations, and the states that these show."""
+        shown = self.envs.call(states, [None] * self.envs.num_envs)
+        for episode, feature in zip(obs, self.agent.features(np.stack([*obs.values()])).cpu().numpy(), strict=True):
+            self.features[episode].append(feature)
+            self.states[episode].append(shown[episode % self.envs.num_envs])
 
     def act(self, obs: np.ndarray) -> np.ndarray:
         """Mean actions (N, A) for observations (N, ...)."""
@@ -168,6 +182,15 @@ class Player:
             raise UserError(f"the policy's action is NaN or infinite: the models of step {self.step} have diverged")
         return actions
 
+    def probe(self) -> Iterator[str]:
+        """Lines that say how well a linear map finds each dimension of the state in the features."""
+        if self.state_names:
+            scores = linear_fit([*map(np.stack, self.features)], [*map(np.stack, self.states)])
+            for name, score in zip(self.state_names, scores, strict=True):
+                yield f"{name}: " + ("does not change" if np.isnan(score) else f"R2 {score:.4f}")
+            count = len(self.features)
+            yield f"probe: mean R2 {np.nanmean(scores):.4f}, fit on {(count + 1) // 2} episodes, tested on {count // 2}"
+
     def pictures(self) -> Iterator[np.ndarray]:
         """The video's (H, W, 3): the scene and, of pixels, the newest observed frame and its reconstruction."""
         for scene, obs in zip(self.scenes, self.seen, strict=True):
@@ -175,6 +198,36 @@ class Player:
             stacks = [obs] if obs.ndim == 3 else []
             stacks += [self.agent.reconstruct(stack[None])[0] for stack in stacks if self.agent.decoder is not None]
             yield side_by_side([scene, *(rgb(stack).transpose(1, 2, 0) for stack in stacks)], PANEL)
+
+
+def names_to_probe(env: Any, episodes: int) -> list[str]:
+    """Names of a state's dimensions. Raises UserError if there is nothing to fit, or nothing to test the fit on."""
+    if len(env.observation_space.shape) == 1:
+        raise UserError("probe has nothing to fit: this run observes states")
+    if (names := getattr(env.unwrapped, "state_names", None)) is None:
+        raise UserError("probe has nothing to fit: this environment has no state_names and current_state")
+    if episodes < 2:
+        raise UserError("probe needs at least 2 episodes: it fits on half of them, and tests the fit on the others")
+    return names
+
+
+def linear_fit(features: list[np.ndarray], states: list[np.ndarray]) -> np.ndarray:
+    """How well a linear map finds states (N, S) in features (N, D): R2 (S,), NaN where a state does not change.
+
+    Each list has an array for each episode. Ridge regression, fit on the first half of the episodes; R2 on the others.
+    """
+    half = (len(features) + 1) // 2
+    (x, y), (test_x, test_y) = (
+        (np.concatenate(features[part]).astype(float), np.concatenate(states[part]))
+        for part in (slice(half), slice(half, None))
+    )
+    mean, scale = x.mean(axis=0), x.std(axis=0) + 1e-8
+    x, test_x = (x - mean) / scale, (test_x - mean) / scale
+    # Features are scaled to variance 1, and RIDGE is a fraction of it: the size of the features does not matter.
+    weights = np.linalg.solve(x.T @ x + RIDGE * len(x) * np.eye(x.shape[1]), x.T @ (y - y.mean(axis=0)))
+    residual = ((test_y - y.mean(axis=0) - test_x @ weights) ** 2).mean(axis=0)
+    variance = test_y.var(axis=0)
+    return np.where(variance > 1e-12, 1 - residual / np.maximum(variance, 1e-12), np.nan)
 
 
 def episode_seed(seed: int, episode: int) -> int:
@@ -200,6 +253,8 @@ def main(argv: list[str] | None = None) -> int:
             if player.agent.decoder is not None and shown.ndim == 4:
                 alike = quality(shown, player.agent.reconstruct(shown))
                 report.show("reconstruction: PSNR {psnr:.2f} dB, SSIM {ssim:.4f}".format_map(alike))
+            for line in player.probe():
+                report.show(line)
             if player.video is not None:
                 write_video(player.video, player.pictures(), overwrite=False)
                 report.show(f"video: {player.video}")

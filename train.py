@@ -240,7 +240,7 @@ def evaluate(run: Run) -> None:
     seen = []
     for moment in report.progress_bar(moments, "evaluation"):
         run.stop.check()  # an interrupted evaluation is played again
-        if moment.in_first_episode:
+        if 0 in moment.obs:
             run.video.record(run.eval_envs)
             seen.append(moment.obs[0].copy())
     for episode, error in moment.physics_errors.items():

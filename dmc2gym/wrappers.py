@@ -93,8 +93,9 @@ class DMCWrapper(gym.Env):
         environment_kwargs, time_limit: for dm_control's Environment and task (simulated seconds). None: its defaults.
         render_size: height and width of the pictures of a plain `render()`. None: those of observed pixels.
 
-    `physics` is dm_control's simulation. Also if pixels are observed, `state_space` is the space of states, and
-    `current_state` the last one, (D,) float64; None before the first reset.
+    `physics` is dm_control's simulation. Also if pixels are observed, `state_space` is the space of states,
+    `state_names` the names of their dimensions (position/0, ...), and `current_state` the last one, (D,) float64; None
+    before the first reset.
     """
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012  # gym annotates it as an instance's
@@ -134,9 +135,10 @@ class DMCWrapper(gym.Env):
         self._action_low = np.where(unlimited, -1.0, limits.minimum)
         self._action_high = np.where(unlimited, 1.0, limits.maximum)
         self.action_space = gym.spaces.Box(-1.0, 1.0, limits.shape, np.float32, seed=seed)
-        size = sum(math.prod(spec.shape) for spec in self._env.observation_spec().values())
+        parts = self._env.observation_spec().items()
+        self.state_names = [f"{name}/{index}" for name, spec in parts for index in range(math.prod(spec.shape))]
         self._env.task.get_observation = _no_observation  # `_observe` computes it, once a decision
-        self.state_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float64)
+        self.state_space = gym.spaces.Box(-np.inf, np.inf, (len(self.state_names),), np.float64)
         shape = (3, height, width) if channels_first else (height, width, 3)
         self.observation_space = gym.spaces.Box(0, 255, shape, np.uint8) if from_pixels else self.state_space
         self.current_state: np.ndarray | None = None

@@ -39,7 +39,7 @@ class EpisodeError(RuntimeError):
 
 
 def make(envs: list[Any], makers: Sequence[Callable[[], Any]]) -> list[Any]:
-    """Adds environments to a list. `SideBySide.call` runs this and the next three functions on a process's list."""
+    """Adds environments to a list. `SideBySide.call` runs this and the next four functions on a process's list."""
     envs += [make_env() for make_env in makers]
     return []
 
@@ -62,6 +62,11 @@ def step(envs: list[Any], actions: Sequence[np.ndarray | None]) -> list[Any]:
 def render(envs: list[Any], keywords: Sequence[dict[str, Any]]) -> list[Any]:
     """Pictures, of as many environments as there are keywords."""
     return [env.render(**each) for env, each in zip(envs, keywords, strict=False)]
+
+
+def states(envs: list[Any], wanted: Sequence[Any]) -> list[np.ndarray]:
+    """The simulators' states (S,), of as many environments as are wanted."""
+    return [env.unwrapped.current_state for env, _ in zip(envs, wanted, strict=False)]
 
 
 def serve(descriptor: int) -> None:
@@ -144,7 +149,7 @@ class SideBySide:
             report.say(f"note: evaluation goes on in this process, because no other can do it ({cause}): {limit}")
 
     def call(self, function: Callable[..., Any], arguments: Sequence[Any]) -> list[Any]:
-        """Calls `make`, `reset`, `step` or `render` with argument i for environment i. Returns the values."""
+        """Calls `make`, `reset`, `step`, `render` or `states` with argument i for environment i. Returns the values."""
         if not self._children:
             return function(self._envs, arguments)
         dumps = cloudpickle.dumps if function is make else pickle.dumps  # which is faster
@@ -175,10 +180,9 @@ class SideBySide:
 class Moment(NamedTuple):
     """State of N evaluation episodes after a reset or a decision; arrays over all N are updated in place."""
 
-    obs: np.ndarray  # (n, ...), of the current wave
+    obs: dict[int, np.ndarray]  # of episodes that have just been reset or made a decision, by number
     returns: np.ndarray  # (N,)
     lengths: np.ndarray  # (N,), in decisions
-    in_first_episode: bool  # whether episode 0 has just been reset or made a decision: what a video shows
     physics_errors: dict[int, str]  # why episodes have ended where their simulation diverged, by number
 
 
@@ -192,16 +196,16 @@ def play(envs: SideBySide, seeds: Sequence[int], act: Callable[[np.ndarray], np.
     for start in range(0, len(seeds), envs.num_envs):
         obs = np.stack(envs.call(reset, seeds[start : start + envs.num_envs]))
         going = [True] * len(obs)
-        yield Moment(obs, returns, lengths, start == 0, errors)
+        yield Moment(dict(enumerate(obs, start)), returns, lengths, errors)
         while any(going):
-            in_first_episode = start == 0 and going[0]
             actions = [action if goes else None for action, goes in zip(act(obs), going, strict=True)]
-            obs = obs.copy()
+            obs, shown = obs.copy(), {}
             for index, made in enumerate(envs.call(step, actions)):
                 if made is not None:
                     obs[index], reward, over, error = made
+                    shown[start + index] = obs[index]
                     returns[start + index] += reward
                     lengths[start + index] += 1
                     going[index] = not over
                     errors |= {} if error is None else {start + index: error}
-            yield Moment(obs, returns, lengths, in_first_episode, errors)
+            yield Moment(shown, returns, lengths, errors)

@@ -56,6 +56,7 @@ def test_every_task_works_on_states_without_a_renderer(make, domain, task):
     obs, reward, terminated, truncated, info = env.step(env.action_space.sample())
     assert obs in env.observation_space
     assert np.array_equal(obs, env.unwrapped.current_state)
+    assert len(set(env.unwrapped.state_names)) == len(obs)
     assert isinstance(reward, float)
     assert type(terminated) is type(truncated) is bool
     assert {"internal_state", "discount"} <= set(info)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pickle
 import re
@@ -17,7 +18,7 @@ import torch
 from folders import contents
 from programs import Program
 from runs import METHODS, SMALL, read_log
-from toy import BarEnv, make_sliding_env
+from toy import BarEnv, SlidingEnv, make_sliding_env
 
 import evaluate
 import train
@@ -145,10 +146,10 @@ def test_choice_of_models(tmp_path):
     for name in names + [f"{name}_{step}.pt" for step in (9, 10) for name in ("actor", "critic", "decoder", "more")]:
         (model / name).touch()
     for folder in (tmp_path, model):
-        assert evaluate.find_models(folder, None) == (model, 10, None)
-        assert evaluate.find_models(folder, 9) == (model, 9, None)
+        assert evaluate.find_agent(folder, None) == (model, 10, None)
+        assert evaluate.find_agent(folder, 9) == (model, 9, None)
         with pytest.raises(UserError, match=r"model holds no models of step 30; close ones: 9, 10$"):
-            evaluate.find_models(folder, 30)
+            evaluate.find_agent(folder, 30)
 
 
 def test_a_run_may_be_in_a_folder_named_model(run):
@@ -333,6 +334,65 @@ def test_pictures_of_a_video(runs, tmp_path, method, panels):
         pixels = ((images + 0.5) * 255).clamp(0, 255).numpy()
         assert np.abs(pictures[:, :, 512:] - enlarged(pixels)).max() < 1
         assert np.abs(pixels - stacks).mean() > 12  # else the panel could be the observation's
+
+
+def linear_task(sizes, noise=0.0):
+    """Features and states of episodes of these sizes: a linear map with noise, and a state that stays."""
+    rng = np.random.default_rng(0)
+    features = [rng.standard_normal((size, 4)) * [1e-3, 1, 10, 0] + 5 for size in sizes]
+    states = [x[:, :2] @ [[1e3, 0], [0, -2]] + 7 + noise * rng.standard_normal((len(x), 2)) for x in features]
+    return features, [np.column_stack([y, np.full(len(y), 0.1)]) for y in states]
+
+
+def test_a_linear_fit():
+    """Its score is that of episodes that it has not seen, whatever the size of the features."""
+    assert evaluate.linear_fit(*linear_task([30, 50, 40])) == pytest.approx([1, 1, np.nan], abs=1e-4, nan_ok=True)
+    features, states = linear_task([400, 400, 400, 400], noise=0.5)
+    explained = [1 / 1.25, 4 / 4.25]  # variance of the signal in that of signal and noise
+    assert evaluate.linear_fit(features, states)[:2] == pytest.approx(explained, abs=0.02)
+    others = linear_task([400, 400, 400, 400], noise=0.5)[0][:2][::-1]
+    assert (evaluate.linear_fit([*features[:2], *others], states)[:2] < 0).all()  # features of other states
+    assert (evaluate.linear_fit([*others, *features[2:]], states)[:2] < 0.1).all()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_probe(runs, capsys, monkeypatch, workers):
+    """Each observation's features, with the state that it shows, of episodes of different lengths in several waves."""
+    monkeypatch.setattr(evaluate, "MAX_ENVS", 2)
+    step = SlidingEnv.step
+
+    def shorter(env, action):  # by where the episode began
+        env.first = env.position if env.steps == 0 else env.first
+        obs, reward, _, truncated, info = step(env, action)
+        return obs, reward, env.steps == 5 + int(5 * abs(env.first)), truncated, info
+
+    monkeypatch.setattr(SlidingEnv, "step", shorter)
+    flags = [runs / "sac_ae", "--episodes", 5, "--probe", "--eval_workers", workers]
+    with ExitStack() as resources:
+        player = player_of(resources, *flags)
+        # In place of the encoder: the column of the bar in the newest frame.
+        player.agent.features = lambda obs: torch.from_numpy(obs[:, -1, 0].argmax(axis=1))
+        player.play()
+    lengths = [len(features) for features in player.features]
+    assert lengths == [len(states) for states in player.states]
+    assert len(set(lengths)) > 1
+    for columns, states in zip(player.features, player.states, strict=True):
+        assert [int((position + 1) / 2 * 28) for position, _ in states] == columns
+        assert {size for _, size in states} == {32}
+    capsys.readouterr()
+    assert main(*flags) == 0
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    score = float(lines[0].removeprefix("position/0: R2 "))
+    assert score <= 1
+    assert lines[1:] == ["size/0: does not change", f"probe: mean R2 {score:.4f}, fit on 3 episodes, tested on 2"]
+
+
+def test_what_cannot_be_probed(runs, tmp_path, capsys, monkeypatch):
+    refused = functools.partial(assert_refused, capsys, tmp_path)
+    refused([runs / "sac_ae", "--probe", "--episodes", 1], "probe needs at least 2 episodes")
+    refused([runs / "sac_state", "--probe"], "probe has nothing to fit: this run observes states")
+    monkeypatch.delattr(SlidingEnv, "state_names")
+    refused([runs / "sac_ae", "--probe"], "probe has nothing to fit: this environment has no state_names")
 
 
 def test_without_ffmpeg_nothing_is_played(runs, tmp_path, capsys, monkeypatch):

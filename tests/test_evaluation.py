@@ -37,7 +37,11 @@ def play_all(make_env, num_workers):
 
     with contextlib.closing(SideBySide(make_env, 3, num_workers)) as envs:
         moments = list(evaluation.play(envs, [5, 6, 7, 8, 5], look_at))
-        return [*(moment.obs for moment in moments), moments[-1].returns, envs.render(height=20, width=24, camera_id=1)]
+        return [
+            *(obs for moment in moments for obs in moment.obs.values()),
+            moments[-1].returns,
+            envs.render(height=20, width=24, camera_id=1),
+        ]
 
 
 def test_processes_change_nothing(tmp_path, monkeypatch):
@@ -88,17 +92,17 @@ def test_episodes_of_different_lengths(num_workers):
     seeds, batches = [1, 4, 2, 2, 1], []
 
     def act(obs):
-        batches.append(len(obs))
+        batches.append(obs[:, 0].tolist())
         return np.zeros((len(obs), 1))
 
     with contextlib.closing(SideBySide(Countdown, 3, num_workers)) as envs:
         moments = list(evaluation.play(envs, seeds, act))
-    shown = [moment.obs[:, 0].tolist() for moment in moments]
-    assert shown == [[1, 4, 2], [0, 3, 1], [0, 2, 0], [0, 1, 0], [0, 0, 0], [2, 1], [1, 0], [0, 0]]
-    assert [moment.in_first_episode for moment in moments] == [True, True, *[False] * 6]
+    shown = [{episode: obs.item() for episode, obs in moment.obs.items()} for moment in moments]
+    first, second = [{0: 1, 1: 4, 2: 2}, {0: 0, 1: 3, 2: 1}, {1: 2, 2: 0}, {1: 1}, {1: 0}], [{3: 2, 4: 1}, {3: 1, 4: 0}]
+    assert shown == [*first, *second, {3: 0}]
     assert moments[-1].returns.tolist() == moments[-1].lengths.tolist() == seeds
     assert moments[-1].physics_errors == {1: "why", 2: "why", 3: "why"}
-    assert batches == [3, 3, 3, 3, 2, 2]
+    assert batches == [[1, 4, 2], [0, 3, 1], [0, 2, 0], [0, 1, 0], [2, 1], [1, 0]]
 
 
 def test_the_number_of_environments_does_not_grow_with_the_episodes(tmp_path, monkeypatch):

@@ -88,9 +88,15 @@ class BarEnv(gym.Env):
 class SlidingEnv(BarEnv):
     """A bar that begins anywhere, before a background that brightens by the decision: no two frames are the same."""
 
+    state_names = ("position/0", "size/0")
+
     def __init__(self, size):
         self.size = size
         super().__init__()
+
+    @property
+    def current_state(self):
+        return np.array([self.position, self.size])
 
     def _observe(self):
         return np.maximum(super()._observe(), 10 * self.steps).astype(np.uint8)
