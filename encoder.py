@@ -77,7 +77,7 @@ class PixelEncoder(nn.Module):
         return hidden.flatten(1)
 
     def copy_conv_weights_from(self, source: Any) -> None:
-        """Has the convolutions use the parameters of `source`'s, the same objects; nothing else is shared."""
+        """Ties the convolutions to those of `source`: the same parameters. Nothing else is shared."""
         for src, trg in zip(source.convs, self.convs, strict=True):
             trg.weight, trg.bias = src.weight, src.bias
 

@@ -27,7 +27,7 @@ from pictures import quality, rgb, side_by_side, some
 from sac_ae import Count, Precision
 from support import report
 from support.checkpoint import find_models, load_agent, read_checkpoint
-from support.evaluation import MAX_ENVS, SideBySide, play, states
+from support.evaluation import MAX_ENVS, SideBySide, current_states, play
 from support.flags import OneLineParser, number, user_path
 from support.machine import check_bf16, check_device, cores, try_out
 from support.signals import Stop, Stopped
@@ -35,7 +35,7 @@ from utils import check_finite
 from video import write_video
 
 PANEL = 256  # height and width of each of a video's pictures
-RIDGE = 1e-3  # of --probe
+RIDGE = 1e-3  # penalty of --probe's fit, as a fraction of the features' variance
 
 
 def make_parser() -> OneLineParser:
@@ -50,7 +50,7 @@ def make_parser() -> OneLineParser:
     add("episodes", Count, 10, "episodes to play, up to ten side by side")
     add("seed", number(int, 0, 2**32 - 1), 1_000_000, "seed of the episodes, unlike those of training")
     add("video", user_path, None, "new mp4 file for a video of the first episode")
-    add("probe", bool, False, "also print how well a linear map finds the task's state in the encoder's features")
+    add("probe", bool, False, "also print how well a linear map predicts the task's state from the encoder's features")
     add("eval_workers", Count, cores(), "processes for evaluation, at most one per episode; 1: no extra process")
     add("device", str, "cuda" if torch.cuda.is_available() else "cpu", "device of the networks")
     add("precision", Precision | None, None, "precision of layers; without it the run's")
@@ -147,7 +147,7 @@ class Player:
         self.seen: list[np.ndarray] = []  # observations of the first episode
         self.scenes: list[np.ndarray] = []  # rendered pictures of it, for the video
         self.features: list[list[np.ndarray]] = [[] for _ in self.seeds]  # (D,) of each observation of each episode
-        self.states: list[list[np.ndarray]] = [[] for _ in self.seeds]  # (S,), those that belong to them
+        self.states: list[list[np.ndarray]] = [[] for _ in self.seeds]  # (S,) of the same moments
 
     def play(self) -> np.ndarray:
         """Plays the episodes and keeps what the first one shows; their returns (N,).
@@ -169,7 +169,7 @@ class Player:
 
     def note_features(self, obs: dict[int, np.ndarray]) -> None:
         """Keeps the features of some episodes' observations, and the states that these show."""
-        shown = self.envs.call(states, [None] * self.envs.num_envs)
+        shown = self.envs.call(current_states, [None] * self.envs.num_envs)
         for episode, feature in zip(obs, self.agent.features(np.stack([*obs.values()])).cpu().numpy(), strict=True):
             self.features[episode].append(feature)
             self.states[episode].append(shown[episode % self.envs.num_envs])
@@ -183,7 +183,7 @@ class Player:
         return actions
 
     def probe(self) -> Iterator[str]:
-        """Lines that say how well a linear map finds each dimension of the state in the features."""
+        """Lines that say how well a linear map predicts each dimension of the state; none if that was not asked for."""
         if self.state_names:
             scores = linear_fit([*map(np.stack, self.features)], [*map(np.stack, self.states)])
             for name, score in zip(self.state_names, scores, strict=True):
@@ -204,30 +204,28 @@ def names_to_probe(env: Any, episodes: int) -> list[str]:
     """Names of a state's dimensions. Raises UserError if there is nothing to fit, or nothing to test the fit on."""
     if len(env.observation_space.shape) == 1:
         raise UserError("probe has nothing to fit: this run observes states")
-    if (names := getattr(env.unwrapped, "state_names", None)) is None:
-        raise UserError("probe has nothing to fit: this environment has no state_names and current_state")
+    if not all(hasattr(env.unwrapped, name) for name in ("state_names", "current_state")):
+        raise UserError("probe has nothing to fit: this environment lacks state_names or current_state")
     if episodes < 2:
         raise UserError("probe needs at least 2 episodes: it fits on half of them, and tests the fit on the others")
-    return names
+    return env.unwrapped.state_names
 
 
 def linear_fit(features: list[np.ndarray], states: list[np.ndarray]) -> np.ndarray:
-    """How well a linear map finds states (N, S) in features (N, D): R2 (S,), NaN where a state does not change.
+    """How well a linear map predicts states (N, S) from features (N, D): R2 (S,), NaN where a state does not change.
 
-    Each list has an array for each episode. Ridge regression, fit on the first half of the episodes; R2 on the others.
+    Each list has an array for each episode. Ridge regression is fit on the first half of the episodes, R2 is that of
+    the others.
     """
     half = (len(features) + 1) // 2
-    (x, y), (test_x, test_y) = (
-        (np.concatenate(features[part]).astype(float), np.concatenate(states[part]))
-        for part in (slice(half), slice(half, None))
-    )
-    mean, scale = x.mean(axis=0), x.std(axis=0) + 1e-8
-    x, test_x = (x - mean) / scale, (test_x - mean) / scale
-    # Features are scaled to variance 1, and RIDGE is a fraction of it: the size of the features does not matter.
-    weights = np.linalg.solve(x.T @ x + RIDGE * len(x) * np.eye(x.shape[1]), x.T @ (y - y.mean(axis=0)))
-    residual = ((test_y - y.mean(axis=0) - test_x @ weights) ** 2).mean(axis=0)
-    variance = test_y.var(axis=0)
-    return np.where(variance > 1e-12, 1 - residual / np.maximum(variance, 1e-12), np.nan)
+    x, y = np.concatenate(features).astype(float), np.concatenate(states)
+    fit = np.arange(len(x)) < sum(map(len, features[:half]))
+    # Features are scaled to variance 1, so that the penalty does not depend on their size.
+    x, y = (x - x[fit].mean(axis=0)) / (x[fit].std(axis=0) + 1e-8), y - y[fit].mean(axis=0)
+    gram = x[fit].T @ x[fit] + RIDGE * fit.sum() * np.eye(x.shape[1])
+    residual = (y - x @ np.linalg.solve(gram, x[fit].T @ y[fit]))[~fit]
+    variance = y[~fit].var(axis=0)
+    return np.where(variance > 1e-12, 1 - (residual**2).mean(axis=0) / np.maximum(variance, 1e-12), np.nan)
 
 
 def episode_seed(seed: int, episode: int) -> int:

@@ -40,6 +40,9 @@ STYLES = {  # colours for colour-blind readers (Okabe and Ito), lines and marker
     "SAC:state": {"color": "#009E73", "linestyle": ":", "marker": "s"},
 }
 DEFAULTS = vars(train.make_parser().parse_args([]))
+# A run with another value of one of these (docs/experiments.md) is of a method of its own.
+VARIANTS = ["agent", "critic_trains_encoder", "actor_trains_encoder", "freeze_encoder", "load_encoder"]
+VARIANTS += ["decoder_update_freq", "beta"]
 FREE = {"seed", "compile"}  # flags that may differ between averaged runs: these, and those that may change at --resume
 FREE |= {name for name, kind in train.make_parser().resume.items() if kind != "fixed"}
 COLUMNS = ["task", "method", "seed", "environment steps", "return", "deviation between episodes", "commit"]
@@ -86,10 +89,11 @@ def read_run(folder: Path) -> pd.DataFrame:
     with reading(path := folder / "args.json"):
         flags = json.loads(path.read_text())
         repeat = int(flags["action_repeat"])  # environment steps per step; the authors log steps only
-        method, agent = TITLES[flags["encoder_type"], flags["decoder_type"]], flags.get("agent", "sac_ae")
+        changed = {name: flags[name] for name in VARIANTS if flags.get(name, DEFAULTS[name]) != DEFAULTS[name]}
+        variant = ", ".join(value if name == "agent" else f"{name} {value}" for name, value in changed.items())
         columns = {
             "task": f"{flags['domain_name']}_{flags['task_name']}",
-            "method": method if agent == "sac_ae" else f"{method} ({agent})",
+            "method": TITLES[flags["encoder_type"], flags["decoder_type"]] + (f" ({variant})" if variant else ""),
             "seed": int(flags["seed"]),
         }
     with reading(path := folder / "eval.log"):

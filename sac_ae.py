@@ -78,14 +78,16 @@ class Settings:
     encoder_tau: Fraction = setting(0.05, "tau of the target's encoder (soft update)")
     decoder_type: Kind = setting("pixel", "identity: no decoder")
     decoder_lr: Positive = setting(1e-3, "learning rate of the decoder")
-    decoder_update_freq: Count = setting(1, "the decoder trains at decisions that are multiples of this")
+    decoder_update_freq: Count = setting(
+        1, "decoder and encoder train by their loss at decisions that are multiples of this"
+    )
     decoder_latent_lambda: NonNegative = setting(1e-6, "weight of the features' L2 penalty")
     decoder_weight_lambda: NonNegative = setting(1e-7, "weight decay of the decoder")
     num_layers: Count = setting(4, "convolutions of the encoder, and of the decoder")
     num_filters: Count = setting(32, "channels of a convolution")
     critic_trains_encoder: bool = setting(True, "let the critic's loss train the encoder")
-    actor_trains_encoder: bool = setting(False, "let the actor's loss train the convolutions")
-    freeze_encoder: bool = setting(False, "let no loss train the encoder; the decoder then does not train either")
+    actor_trains_encoder: bool = setting(False, "let the actor's loss train what it shares with the critic")
+    freeze_encoder: bool = setting(False, "let no loss train the critic's encoder; nor does the decoder train")
     precision: Precision | None = setting(None, "precision of layers; without it fp32, but tf32 in GPU convolutions")
     compile: bool = setting(False, "compile the losses by torch.compile, which takes a minute at first")
 
@@ -98,7 +100,9 @@ class Settings:
             raise UserError("freeze_encoder and actor_trains_encoder exclude each other: leave one of them out")
         changed = self.freeze_encoder or self.actor_trains_encoder or not self.critic_trains_encoder
         if changed and self.encoder_type == "identity":
-            raise UserError("states have no encoder: leave freeze_encoder and what trains the encoder as they are")
+            raise UserError(
+                "states have no encoder: leave freeze_encoder, actor_trains_encoder and critic_trains_encoder out"
+            )
 
 
 def set_precision(precision: Precision | None) -> None:
@@ -148,7 +152,7 @@ def weight_init(module: nn.Module) -> None:
 
 
 class ExactLinear(nn.Linear):
-    """The last layer of actor and critic: it computes in its weights' own precision even under autocast.
+    """A linear layer that computes in its weights' own precision even under autocast: the last of actor and critic.
 
     bfloat16 has 8 significant bits: it would round Q values above 128 to integers, and so lose small rewards, and the
     policy's mean and log std to three digits.
@@ -288,9 +292,7 @@ class SacAeAgent(nn.Module):
         if s.compile:
             for name in [name for name in dir(self) if name.endswith("_loss")]:
                 compiled = torch.compile(getattr(type(self), name), options={"fallback_random": True})
-                setattr(
-                    self, name, MethodType(compiled, self)
-                )  # bound to this agent, so that its deep copy has its own
+                setattr(self, name, MethodType(compiled, self))  # bound: a deep copy of the agent has its own
         self.train()
 
     def adam(self, params: Iterable[Tensor], lr: float, beta1: float = 0.9, weight_decay: float = 0) -> Adam:
@@ -353,7 +355,7 @@ class SacAeAgent(nn.Module):
         return metrics
 
     def update_critic(self, batch: Batch) -> Metrics:
-        """Trains the critic with its encoder."""
+        """Trains the Q functions and, unless told otherwise, the encoder."""
         return {"train_critic/loss": self.minimise(self.critic_loss(batch), self.critic_optimizer)}
 
     def critic_loss(self, batch: Batch) -> Tensor:
@@ -369,7 +371,7 @@ class SacAeAgent(nn.Module):
         return F.mse_loss(q1, target_q) + F.mse_loss(q2, target_q)
 
     def update_actor_and_alpha(self, hidden: Tensor) -> Metrics:
-        """Trains policy and temperature on the convolutions' output for observations."""
+        """Trains policy, temperature and, if told so, the convolutions, whose output for observations is `hidden`."""
         loss, log_pi, entropy = self.actor_loss(hidden)
         alpha = self.alpha.detach()  # which both losses use, before its update
         metrics = {"train_actor/loss": self.minimise(loss, self.actor_optimizer), "train_actor/entropy": entropy}
@@ -428,7 +430,7 @@ class SacAeAgent(nn.Module):
         for optimizer in optimizers:
             optimizer.zero_grad()
         parameters = [parameter for optimizer in optimizers for parameter in parameters_of(optimizer)]
-        trained = [parameter for parameter in parameters if parameter.requires_grad]  # not what is frozen
+        trained = [parameter for parameter in parameters if parameter.requires_grad]  # without those that are frozen
         # Backward operations take the types of the forward ones; under autocast they would be cast once more.
         # https://docs.pytorch.org/docs/stable/amp.html#autocasting
         with torch.autocast(self.device.type, enabled=False):
@@ -575,7 +577,7 @@ class SacAeAgent(nn.Module):
         """Writes `NAME_STEP.pt` for each network and, as `target`, the target critic with log alpha."""
         states: dict[str, dict[str, Any]] = {name: network.state_dict() for name, network in self.networks.items()}
         states["target"] = {"critic_target": states.pop("critic_target"), "log_alpha": self.log_alpha.detach()}
-        for name, state in states.items():
+        for name, state in reversed(states.items()):  # the actor last: where it is, a kill has left all of them
             write_tensors(Path(model_dir) / f"{name}_{step}.pt", state)
 
     def load(self, model_dir: str | Path, step: int) -> None:

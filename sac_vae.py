@@ -29,10 +29,10 @@ class VaeSettings(Settings):
 
 
 class SacVaeAgent(SacAeAgent):
-    """SAC on the features of a beta-VAE: a normal distribution for each observation (arXiv 1312.6114).
+    """SAC on the features of a beta-VAE: for each observation a normal distribution (arXiv 1312.6114).
 
-    Its mean is the critic's encoder's output, from which actor and critic learn. `log_variance` is a linear layer
-    beside the encoder's own. The decoder gets samples.
+    The encoder gives its mean, from which actor and critic learn. `log_variance`, a linear layer beside the encoder's
+    own, gives the rest. The decoder gets samples. The mean keeps SAC+AE's LayerNorm and tanh.
     """
 
     settings_class = VaeSettings
@@ -45,12 +45,12 @@ class SacVaeAgent(SacAeAgent):
         self.log_variance = ExactLinear(encoder.fc.in_features, encoder.feature_dim).to(self.device)
         self.log_variance.apply(weight_init)
         self.encoder_optimizer = self.adam([*encoder.parameters(), *self.log_variance.parameters()], s.encoder_lr)
-        self.actor.encoder = encoder  # also its linear layer
+        self.actor.encoder = encoder  # all of it: the actor has no linear layer of its own
         trained = self.actor if s.actor_trains_encoder else self.actor.trunk
         self.actor_optimizer = self.adam(trained.parameters(), s.actor_lr, s.actor_beta)
 
     def decoder_loss(self, obs: Tensor, hidden: Tensor) -> Tensor:
-        """Reconstruction loss of sampled features, and their KL divergence from N(0, 1) (paper, section 3.3).
+        """Reconstruction loss from a sample, and beta times the KL divergence from N(0, 1) (paper, section 3.3).
 
         As in SAC+AE, the log-likelihood is a mean squared error over all pixels. `hidden` is the convolutions' output
         for `obs`.

@@ -44,7 +44,7 @@ EPISODE_LENGTH = 1000  # environment steps
 def make_parser() -> OneLineParser:
     """The command line: each flag with its type, its default and its help text, and what --resume does with it."""
     parser = OneLineParser(
-        description="Trains SAC+AE, SAC:pixel (--decoder_type identity) or SAC:state (both types identity)."
+        description="Trains SAC+AE, SAC:pixel (--decoder_type identity), SAC:state (both types identity) or SAC+VAE."
     )
     add = parser.section("environment")
     add("domain_name", str, "cheetah", "domain of the Control Suite")
@@ -53,7 +53,6 @@ def make_parser() -> OneLineParser:
     add("action_repeat", number(int, 1, EPISODE_LENGTH), 1, "environment steps per decision")
     add("frame_stack", number(int, 1, 100), 3, "frames in an observation")
     add = parser.section("training (a step is a decision: action_repeat environment steps)")
-    add("agent", Literal[tuple(AGENTS)], "sac_ae", "the method")
     add("seed", number(int, 0, 2**32 - 1), 1, "seed of all randomness")
     add("init_steps", Count, 1000, "random decisions at the start, followed by as many updates at once")
     add("num_train_steps", Count, 1_000_000, "decisions of the run", resume="free")
@@ -65,6 +64,7 @@ def make_parser() -> OneLineParser:
     text = "processes for evaluation, at most one per episode; 1: no extra process"
     add("eval_workers", Count, cores(), text, resume="machine")
     add = parser.section("agent")
+    add("agent", Literal[tuple(AGENTS)], "sac_ae", "sac_vae has a variational autoencoder")
     for name, (kind, default, text) in settings_of(AGENTS.values()).items():
         add(name, kind, default, text)
     add("load_encoder", user_path, None, "begin with the encoder of models that are saved in this folder")
@@ -74,13 +74,8 @@ def make_parser() -> OneLineParser:
     add("resume", bool, False, "continue the run in work_dir, or start one there", resume="command")
     add("overwrite", bool, False, "move the run in work_dir to WORK_DIR.TIME, and start a new one", resume="command")
     add("checkpoint_minutes", NonNegative, 10, "minutes between checkpoints, at ends of episodes", resume="free")
-    add(
-        "checkpoint_freq",
-        Count | None,
-        None,
-        "also a checkpoint every so many decisions, at episode ends",
-        resume="free",
-    )
+    text = "also a checkpoint every so many decisions, at episode ends"
+    add("checkpoint_freq", Count | None, None, text, resume="free")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("device", str, device, "device of the networks", resume="machine")
     text = "device of the frames: auto is the GPU if they fit, else host memory"
@@ -130,7 +125,10 @@ def make_agent(args: argparse.Namespace, obs_shape: tuple[int, ...], action_shap
 
 
 def load_encoder(agent: SacAeAgent, args: argparse.Namespace) -> list[str]:
-    """Takes the encoder that --load_encoder names, if it does; the line to print. Raises UserError."""
+    """Loads the encoder that --load_encoder names, if any, and notes its step in `args`; lines to print.
+
+    Raises UserError if there is none, or if it does not fit.
+    """
     if args.load_encoder is None:
         if args.load_step is not None:
             raise UserError("load_step needs load_encoder, the folder of the models")
@@ -309,7 +307,7 @@ def open_run(
         try_out(spare, args)
     env = resources.enter_context(closing(make()))
     agent = make_agent(args, env.observation_space.shape, env.action_space.shape)
-    loaded = load_encoder(agent, args) if saved is None else []  # later it is the checkpoint's
+    loaded = load_encoder(agent, args) if saved is None else []  # a resumed run has it in its checkpoint
     replay = make_replay(args, env, agent.device)
     envs = SideBySide(make, min(args.num_eval_episodes, MAX_ENVS), args.eval_workers)
     run = Run(args, env, agent, replay, resources.enter_context(closing(envs)))

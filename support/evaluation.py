@@ -64,8 +64,8 @@ def render(envs: list[Any], keywords: Sequence[dict[str, Any]]) -> list[Any]:
     return [env.render(**each) for env, each in zip(envs, keywords, strict=False)]
 
 
-def states(envs: list[Any], wanted: Sequence[Any]) -> list[np.ndarray]:
-    """The simulators' states (S,), of as many environments as are wanted."""
+def current_states(envs: list[Any], wanted: Sequence[Any]) -> list[np.ndarray]:
+    """Tasks' states (S,), of as many environments as `wanted` is long."""
     return [env.unwrapped.current_state for env, _ in zip(envs, wanted, strict=False)]
 
 
@@ -149,7 +149,7 @@ class SideBySide:
             report.say(f"note: evaluation goes on in this process, because no other can do it ({cause}): {limit}")
 
     def call(self, function: Callable[..., Any], arguments: Sequence[Any]) -> list[Any]:
-        """Calls `make`, `reset`, `step`, `render` or `states` with argument i for environment i. Returns the values."""
+        """Calls one of the functions above with argument i for environment i. Returns the values."""
         if not self._children:
             return function(self._envs, arguments)
         dumps = cloudpickle.dumps if function is make else pickle.dumps  # which is faster

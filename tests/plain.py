@@ -1,4 +1,4 @@
-"""The published algorithm once more, in the plainest form: functions on dictionaries of tensors.
+"""The algorithm and the paper's variants once more, in the plainest form: functions on dictionaries of tensors.
 
 It shares no code with the project and takes no short cut (every pass on its own, an Adam step per tensor), so that the
 project's update can be tested against it, and its speed measured beside it.
@@ -79,7 +79,7 @@ def make_adam(params, lr, beta=0.9, decay=0.0):
 class PlainAgent:
     """SAC+AE at the default hyper-parameters, from given parameters (state dicts).
 
-    Keywords are those flags of the paper's other experiments.
+    Keywords are flags of the paper's other experiments.
     """
 
     def __init__(
@@ -92,8 +92,8 @@ class PlainAgent:
         freeze_encoder=False,
         decoder_update_freq=1,
     ):
-        self.detach, self.decoder_update_freq = not actor_trains_encoder, decoder_update_freq
-        self.frozen = freeze_encoder
+        self.actor_trains_encoder, self.freeze_encoder = actor_trains_encoder, freeze_encoder
+        self.decoder_update_freq = decoder_update_freq
         self.critic = {name: leaf(tensor) for name, tensor in critic.items()}
         self.target = {name: tensor.detach().clone() for name, tensor in critic.items()}
         self.actor = {
@@ -148,8 +148,9 @@ class PlainAgent:
         losses["critic_loss"] = self.step(loss, self.critic_adam)
 
         if step % 2 == 0:
-            new_action, log_prob = policy(self.actor, obs, self.detach)
-            q1, q2 = values(self.critic, obs, new_action, self.detach)
+            detach = not self.actor_trains_encoder
+            new_action, log_prob = policy(self.actor, obs, detach)
+            q1, q2 = values(self.critic, obs, new_action, detach)
             alpha = self.log_alpha.exp()
             loss = (alpha.detach() * log_prob - torch.minimum(q1, q2)).mean()
             losses["actor_loss"] = self.step(loss, self.actor_adam)
@@ -160,15 +161,15 @@ class PlainAgent:
                 tau = 0.05 if name.startswith("encoder.") else 0.01
                 tensor.copy_(tau * self.critic[name].detach() + (1 - tau) * tensor)
 
-        if self.decoder is not None and step % self.decoder_update_freq == 0 and not self.frozen:
+        if self.decoder is not None and step % self.decoder_update_freq == 0 and not self.freeze_encoder:
             losses["ae_loss"] = self.step(self.ae_loss(obs), self.encoder_adam, self.decoder_adam)
         return losses
 
     def ae_loss(self, obs):
         feature = encode(self.critic, obs)
-        return self.distance(feature, obs) + 1e-6 * (0.5 * (feature**2).sum(1)).mean()
+        return self.reconstruction_loss(feature, obs) + 1e-6 * (0.5 * (feature**2).sum(1)).mean()
 
-    def distance(self, feature, obs):
+    def reconstruction_loss(self, feature, obs):
         """Mean squared error of the images that are decoded from features."""
         side = [obs.shape[i] // 2 - 1 - 2 * (self.num_layers() - 1) for i in (2, 3)]
         goal = torch.floor(obs / 8) / 32 + torch.rand_like(obs) / 32 - 0.5
@@ -206,7 +207,7 @@ class PlainVae(PlainAgent):
         prior = torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean))
         sample = mean + torch.randn_like(mean) * posterior.scale
         divergence = torch.distributions.kl_divergence(posterior, prior).sum(1).mean()
-        return self.distance(sample, obs) + self.beta * divergence
+        return self.reconstruction_loss(sample, obs) + self.beta * divergence
 
 
 class PlainReplay:

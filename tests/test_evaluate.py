@@ -391,8 +391,10 @@ def test_what_cannot_be_probed(runs, tmp_path, capsys, monkeypatch):
     refused = functools.partial(assert_refused, capsys, tmp_path)
     refused([runs / "sac_ae", "--probe", "--episodes", 1], "probe needs at least 2 episodes")
     refused([runs / "sac_state", "--probe"], "probe has nothing to fit: this run observes states")
-    monkeypatch.delattr(SlidingEnv, "state_names")
-    refused([runs / "sac_ae", "--probe"], "probe has nothing to fit: this environment has no state_names")
+    for name in ("state_names", "current_state"):
+        with monkeypatch.context() as patch:
+            patch.delattr(SlidingEnv, name)
+            refused([runs / "sac_ae", "--probe"], "this environment lacks state_names or current_state")
 
 
 def test_without_ffmpeg_nothing_is_played(runs, tmp_path, capsys, monkeypatch):

@@ -136,24 +136,27 @@ def test_curve_of_runs_of_different_lengths_and_grids(tmp_path):
 def test_notes(tmp_path, capsys):
     """Runs that differ in what makes the method, or have the same seed, are reported; machine and saving are free."""
     make_run(tmp_path / "runs" / "a", [0, 10, 100, 0], device="cpu", save_tb=True, num_train_steps=5, hidden_dim=8)
-    more = {"hidden_dim": 8, "actor_trains_encoder": False}  # a flag that is newer than a
+    more = {"hidden_dim": 8, "actor_log_std_max": 2}  # a flag that is newer than a
     make_run(tmp_path / "runs" / "b", [0, 10, 300, 0], seed=2, device="cuda", save_tb=False, compile=True, **more)
     draw(tmp_path)
     assert capsys.readouterr().err == ""
-    make_run(tmp_path / "runs" / "c", [0, 10, 100, 0], seed=2, action_repeat=8, hidden_dim=16, freeze_encoder=True)
+    make_run(tmp_path / "runs" / "c", [0, 10, 100, 0], seed=2, action_repeat=8, hidden_dim=16, num_filters=8)
     draw(tmp_path)
     note = "note: the runs of SAC+AE:pixel on cheetah_run are averaged though"
     assert capsys.readouterr().err.splitlines() == [
-        f"{note} they differ in --action_repeat, --freeze_encoder, --hidden_dim",
+        f"{note} they differ in --action_repeat, --hidden_dim, --num_filters",
         f"{note} some have the same seed",
     ]
 
 
-def test_another_agent_is_a_method_of_its_own(tmp_path, capsys):
-    for name, more in {"a": {}, "b": {"agent": "sac_ae"}, "c": {"agent": "sac_vae"}, "d": {"agent": "drq"}}.items():
+def test_another_agent_or_encoder_is_a_method_of_its_own(tmp_path, capsys):
+    runs = {"a": {}, "b": {"agent": "sac_ae", "freeze_encoder": False}, "c": {"agent": "drq"}}
+    runs["d"] = {"critic_trains_encoder": False, "decoder_update_freq": 10}
+    for name, more in runs.items():
         make_run(tmp_path / "runs" / name, [0, 10, 100, 0], seed=ord(name), **more)
     seeds = draw(tmp_path)[:3].set_index("method")["seeds"].to_dict()
-    assert seeds == {"SAC+AE:pixel": "2", "SAC+AE:pixel (drq)": "1", "SAC+AE:pixel (sac_vae)": "1"}
+    variant = "critic_trains_encoder False, decoder_update_freq 10"
+    assert seeds == {"SAC+AE:pixel": "2", "SAC+AE:pixel (drq)": "1", f"SAC+AE:pixel ({variant})": "1"}
     assert capsys.readouterr().err == ""
     figure = plot.draw(plot.read_runs([tmp_path / "runs"]), plot.read_published(plot.PUBLISHED))
     lines = [line for line in figure.axes[0].get_lines() if ", here (" in line.get_label()]
