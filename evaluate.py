@@ -8,6 +8,7 @@ if __name__ == "__main__":
     signals.start_program()
 
 import argparse
+import copy
 import os
 import sys
 import tempfile
@@ -26,12 +27,12 @@ from files import read_json, writing
 from pictures import quality, rgb, side_by_side, some
 from sac_ae import Count, Precision
 from support import report
-from support.checkpoint import find_models, load_agent, read_checkpoint
+from support.checkpoint import find_models, load_agent
 from support.evaluation import MAX_ENVS, SideBySide, current_states, play
 from support.flags import OneLineParser, number, user_path
 from support.machine import check_bf16, check_device, cores, try_out
 from support.signals import Stop, Stopped
-from utils import check_finite
+from utils import check_finite, set_seed_everywhere
 from video import write_video
 
 PANEL = 256  # height and width of each of a video's pictures
@@ -63,16 +64,6 @@ def run_folder(path: Path) -> Path:
     return path.absolute().parent if is_model else path
 
 
-def find_agent(work_dir: Path, step: int | None) -> tuple[Path, int, dict[str, Any] | None]:
-    """Folder and step of the models to play. If none were saved, those of the checkpoint, and its index."""
-    try:
-        return *find_models(work_dir, step), None
-    except UserError:
-        if (saved := read_checkpoint(work_dir)) and step in (None, saved["progress"]["step"]):
-            return work_dir / "checkpoint", saved["progress"]["step"], saved
-        raise
-
-
 def training_flags(path: Path, words: list[str]) -> argparse.Namespace:
     """The flags that the models were trained with: those of an args.json, if it is there, and `words`.
 
@@ -80,6 +71,10 @@ def training_flags(path: Path, words: list[str]) -> argparse.Namespace:
     """
     parser = train.make_parser()
     content, given = read_json(path) if path.exists() else {}, parser.given(words)
+    if useless := given.keys() & {"load_encoder", "load_step"}:
+        raise UserError(
+            f"{', '.join(sorted(useless))}: only a new run loads an encoder; --step chooses the models to play"
+        )
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: it holds no flags")
     flags = {}
@@ -116,7 +111,10 @@ class Player:
 
     def __init__(self, args: argparse.Namespace, words: list[str], resources: ExitStack):
         work_dir, self.video = run_folder(Path(args.work_dir)), None if args.video is None else Path(args.video)
-        self.folder, self.step, saved = find_agent(work_dir, args.step)
+        if not work_dir.is_dir():
+            hint = "first name a run's folder, or a folder of models; flags come after it"
+            raise UserError(f"{work_dir} is not a folder: {hint}")
+        self.folder, self.step, saved = find_models(work_dir, args.step)
         precision = [] if args.precision is None else ["--precision", args.precision]
         flags = training_flags(path := work_dir / "args.json", [*words, *precision])
         check_device(args.device)
@@ -129,7 +127,9 @@ class Player:
         with closing(make_env()) as env:
             try_out(env, flags)
             self.state_names = names_to_probe(env, args.episodes) if args.probe else []
+            set_seed_everywhere(flags.seed)  # as a run begins
             self.agent = train.make_agent(flags, env.observation_space.shape, env.action_space.shape)
+            self.untrained = copy.deepcopy(self.agent) if args.probe else self.agent
         try:
             if saved is None:
                 self.agent.load(self.folder, self.step)
@@ -141,13 +141,15 @@ class Player:
                 hint = "without an args.json give the flags that it was trained with"
             raise UserError(f"{error}; {hint}") from error
         self.agent.train(False)
+        self.untrained.train(False)
         self.seeds = [episode_seed(args.seed, episode) for episode in range(args.episodes)]
         envs = SideBySide(make_env, min(args.episodes, MAX_ENVS), args.eval_workers)
         self.envs, self.stop = resources.enter_context(closing(envs)), Stop()
         self.seen: list[np.ndarray] = []  # observations of the first episode
         self.scenes: list[np.ndarray] = []  # rendered pictures of it, for the video
-        self.features: list[list[np.ndarray]] = [[] for _ in self.seeds]  # (D,) of each observation of each episode
-        self.states: list[list[np.ndarray]] = [[] for _ in self.seeds]  # (S,) of the same moments
+        # For the probe, of each observation of each episode: the features of both encoders (2, D), and the state (S,).
+        self.features: list[list[np.ndarray]] = [[] for _ in self.seeds]
+        self.states: list[list[np.ndarray]] = [[] for _ in self.seeds]
 
     def play(self) -> np.ndarray:
         """Plays the episodes and keeps what the first one shows; their returns (N,).
@@ -169,10 +171,12 @@ class Player:
 
     def note_features(self, obs: dict[int, np.ndarray]) -> None:
         """Keeps the features of some episodes' observations, and the states that these show."""
-        shown = self.envs.call(current_states, [None] * self.envs.num_envs)
-        for episode, feature in zip(obs, self.agent.features(np.stack([*obs.values()])).cpu().numpy(), strict=True):
+        stacked, states = np.stack([*obs.values()]), self.envs.call(current_states, [None] * self.envs.num_envs)
+        check_finite("the task's state", *states)
+        features = [agent.features(stacked).cpu().numpy() for agent in (self.agent, self.untrained)]
+        for episode, feature in zip(obs, np.stack(features, axis=1), strict=True):
             self.features[episode].append(feature)
-            self.states[episode].append(shown[episode % self.envs.num_envs])
+            self.states[episode].append(states[episode % self.envs.num_envs])
 
     def act(self, obs: np.ndarray) -> np.ndarray:
         """Mean actions (N, A) for observations (N, ...)."""
@@ -183,13 +187,17 @@ class Player:
         return actions
 
     def probe(self) -> Iterator[str]:
-        """Lines that say how well a linear map predicts each dimension of the state; none if that was not asked for."""
-        if self.state_names:
-            scores = linear_fit([*map(np.stack, self.features)], [*map(np.stack, self.states)])
-            for name, score in zip(self.state_names, scores, strict=True):
-                yield f"{name}: " + ("does not change" if np.isnan(score) else f"R2 {score:.4f}")
-            count = len(self.features)
-            yield f"probe: mean R2 {np.nanmean(scores):.4f}, fit on {(count + 1) // 2} episodes, tested on {count // 2}"
+        """Lines that say how well linear maps predict each dimension of the state from the features."""
+        half = (len(self.seeds) + 1) // 2
+        features, states = [*map(np.stack, self.features)], [*map(np.stack, self.states)]
+        scores = [linear_fit([each[:, i] for each in features], states, half) for i in (0, 1)]
+        deviations = np.concatenate(states).std(axis=0)
+        for name, score, untrained, deviation in zip(self.state_names, *scores, deviations, strict=True):
+            r2 = "does not change" if np.isnan(score) else f"R2 {score:.4f}, of the untrained encoder {untrained:.4f}"
+            yield f"{name}: {r2}; standard deviation {deviation:.4g}"
+        if (varies := ~np.isnan(scores[0])).any():
+            yield "mean: R2 {:.4f}, of the untrained encoder {:.4f}".format(*np.mean(scores, axis=1, where=varies))
+        yield f"fit on {half} of {len(self.seeds)} episodes, R2 of the others"
 
     def pictures(self) -> Iterator[np.ndarray]:
         """The video's (H, W, 3): the scene and, of pixels, the newest observed frame and its reconstruction."""
@@ -204,24 +212,24 @@ def names_to_probe(env: Any, episodes: int) -> list[str]:
     """Names of a state's dimensions. Raises UserError if there is nothing to fit, or nothing to test the fit on."""
     if len(env.observation_space.shape) == 1:
         raise UserError("probe has nothing to fit: this run observes states")
-    if not all(hasattr(env.unwrapped, name) for name in ("state_names", "current_state")):
-        raise UserError("probe has nothing to fit: this environment lacks state_names or current_state")
+    names, state = (getattr(env.unwrapped, name, ()) for name in ("state_names", "current_state"))
+    if not 0 < len(names) == np.size(state):
+        raise UserError("probe has nothing to fit: this environment has no state_names for its current_state")
     if episodes < 2:
         raise UserError("probe needs at least 2 episodes: it fits on half of them, and tests the fit on the others")
-    return env.unwrapped.state_names
+    return [*names]
 
 
-def linear_fit(features: list[np.ndarray], states: list[np.ndarray]) -> np.ndarray:
+def linear_fit(features: list[np.ndarray], states: list[np.ndarray], half: int) -> np.ndarray:
     """How well a linear map predicts states (N, S) from features (N, D): R2 (S,), NaN where a state does not change.
 
-    Each list has an array for each episode. Ridge regression is fit on the first half of the episodes, R2 is that of
-    the others.
+    Each list has an array for each episode. Ridge regression is fit on the first `half` episodes, R2 is of the others.
     """
-    half = (len(features) + 1) // 2
     x, y = np.concatenate(features).astype(float), np.concatenate(states)
     fit = np.arange(len(x)) < sum(map(len, features[:half]))
     # Features are scaled to variance 1, so that the penalty does not depend on their size.
-    x, y = (x - x[fit].mean(axis=0)) / (x[fit].std(axis=0) + 1e-8), y - y[fit].mean(axis=0)
+    x, y = x - x[fit].mean(axis=0), y - y[fit].mean(axis=0)
+    x /= np.where((scale := x[fit].std(axis=0)) > 1e-6, scale, np.inf)
     gram = x[fit].T @ x[fit] + RIDGE * fit.sum() * np.eye(x.shape[1])
     residual = (y - x @ np.linalg.solve(gram, x[fit].T @ y[fit]))[~fit]
     variance = y[~fit].var(axis=0)
@@ -251,8 +259,9 @@ def main(argv: list[str] | None = None) -> int:
             if player.agent.decoder is not None and shown.ndim == 4:
                 alike = quality(shown, player.agent.reconstruct(shown))
                 report.show("reconstruction: PSNR {psnr:.2f} dB, SSIM {ssim:.4f}".format_map(alike))
-            for line in player.probe():
-                report.show(line)
+            if args.probe:
+                for line in player.probe():
+                    report.show(line)
             if player.video is not None:
                 write_video(player.video, player.pictures(), overwrite=False)
                 report.show(f"video: {player.video}")

@@ -318,12 +318,11 @@ class SacAeAgent(nn.Module):
 
     def due(self, step: int) -> Due:
         """What the update of decision `step` trains."""
+        s = self.settings
         return Due(
-            actor=step % self.settings.actor_update_freq == 0,
-            target=step % self.settings.critic_target_update_freq == 0,
-            decoder=self.decoder is not None
-            and not self.settings.freeze_encoder
-            and step % self.settings.decoder_update_freq == 0,
+            actor=step % s.actor_update_freq == 0,
+            target=step % s.critic_target_update_freq == 0,
+            decoder=self.decoder is not None and not s.freeze_encoder and step % s.decoder_update_freq == 0,
         )
 
     def update_from(self, batch: Iterable[Tensor], due: Due) -> Metrics:
@@ -610,14 +609,16 @@ class SacAeAgent(nn.Module):
         Raises UserError, which leaves the agent unchanged and names the file, if it is missing or damaged, or if its
         encoder has other shapes.
         """
-        encoder = copy.deepcopy(self.critic.encoder)
-        with loading(Path(model_dir) / f"critic_{step}.pt", self.device) as state:
-            parameters = {name.removeprefix("encoder."): state[name] for name in state if name.startswith("encoder.")}
-            if not parameters:
-                raise ValueError("it holds no encoder, as if it had been trained on states")
-            encoder.load_state_dict(parameters)
+        path, mine = Path(model_dir) / f"critic_{step}.pt", self.critic.encoder.state_dict()
+        with loading(path, self.device) as state:
+            theirs = {name.removeprefix("encoder."): state[name] for name in state if name.startswith("encoder.")}
+            shapes = [{name: (*value.shape,) for name, value in each.items()} for each in (mine, theirs)]
+        for name in mine | theirs:
+            here, there = (shape.get(name, "missing") for shape in shapes)
+            if here != there:
+                raise UserError(f"{path} is of another encoder: there {name} is {there}, and here it is {here}")
         for critic in (self.critic, self.critic_target):
-            critic.encoder.load_state_dict(encoder.state_dict())
+            critic.encoder.load_state_dict(theirs)
 
 
 def aligned(array: np.ndarray) -> Tensor:

@@ -31,7 +31,7 @@ from support import report
 from support.checkpoint import Lock, Progress, Run, find_models, parse_run
 from support.cuda_graph import Graphs
 from support.evaluation import MAX_ENVS, SideBySide, play
-from support.flags import OneLineParser, number, settings_of, user_path
+from support.flags import OneLineParser, absolute_path, number, settings_of, user_path
 from support.machine import check_bf16, check_compiler, check_device, cores, limit_threads, make_replay, try_out
 from support.signals import Stopped
 from utils import FrameStack, check_finite, eval_mode, set_seed_everywhere
@@ -67,7 +67,7 @@ def make_parser() -> OneLineParser:
     add("agent", Literal[tuple(AGENTS)], "sac_ae", "sac_vae has a variational autoencoder")
     for name, (kind, default, text) in settings_of(AGENTS.values()).items():
         add(name, kind, default, text)
-    add("load_encoder", user_path, None, "begin with the encoder of models that are saved in this folder")
+    add("load_encoder", absolute_path, None, "begin with the encoder of models that are saved in this folder")
     add("load_step", number(int, 0), None, "decisions after which these were saved; without it the newest")
     add = parser.section("run")
     add("work_dir", user_path, "./log", "run folder; a new one without --resume or --overwrite", resume="command")
@@ -135,7 +135,9 @@ def load_encoder(agent: SacAeAgent, args: argparse.Namespace) -> list[str]:
         return []
     if args.encoder_type == "identity":
         raise UserError("load_encoder needs encoder_type pixel: states have no encoder")
-    folder, args.load_step = find_models(Path(args.load_encoder), args.load_step)
+    folder, args.load_step, saved = find_models(Path(args.load_encoder), args.load_step)
+    if saved is not None:
+        raise UserError(f"load_encoder {args.load_encoder} holds a checkpoint, but no models: --save_model writes them")
     agent.load_encoder(folder, args.load_step)
     return [f"encoder: that of {folder}, step {args.load_step}"]
 

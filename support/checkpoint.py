@@ -173,27 +173,6 @@ def run_files(path: Path) -> list[str]:
     return [name for name in NAMES if os.path.lexists(path / name)]
 
 
-def find_models(path: Path, step: int | None) -> tuple[Path, int]:
-    """Folder and step of the models of `step`, or of the newest, in a run's folder or a folder of models.
-
-    Raises UserError if there are none.
-    """
-    if not path.is_dir():
-        raise UserError(f"{path} is not a folder: name a run's folder, or a folder of models")
-    for folder in (path / "model", path):
-        found = {match.groups() for file in folder.glob("*.pt") if (match := MODEL.fullmatch(file.name))}
-        # A run that was killed may have saved only some.
-        needed = {"actor", "critic", *(name for name, _ in found if name == "decoder")}
-        steps = {int(at) for _, at in found if {(name, at) for name in needed} <= found}
-        if steps and step is not None and step not in steps:
-            close = sorted(sorted(steps, key=lambda saved: abs(saved - step))[:3])
-            raise UserError(f"{folder} holds no models of step {step}; close ones: {', '.join(map(str, close))}")
-        if steps:
-            return folder, max(steps) if step is None else step
-    wanted = "" if step is None else f" of step {step}"
-    raise UserError(f"{path} holds no models{wanted} (actor_STEP.pt, ...): train.py writes them with --save_model")
-
-
 def read_checkpoint(path: Path) -> dict[str, Any] | None:
     """What the index of the run in a folder holds: `args`, `progress`, `logger`, `state`, `replay`. None without one.
 
@@ -209,6 +188,27 @@ def read_checkpoint(path: Path) -> dict[str, Any] | None:
             "resume it with the commit that began it (see starts.log), or choose another work_dir"
         )
     return content
+
+
+def find_models(path: Path, step: int | None) -> tuple[Path, int, dict[str, Any] | None]:
+    """Folder and step of the models of `step`, or of the newest. If none were saved, the checkpoint's, and its index.
+
+    `path` is a run's folder or a folder of models. Raises UserError if there are none.
+    """
+    for folder in (path / "model", path):
+        found = {match.groups() for file in folder.glob("*.pt") if (match := MODEL.fullmatch(file.name))}
+        # A run that was killed may have saved only some.
+        needed = {"actor", "critic", *(name for name, _ in found if name == "decoder")}
+        steps = {int(at) for _, at in found if {(name, at) for name in needed} <= found}
+        if steps and step is not None and step not in steps:
+            close = sorted(sorted(steps, key=lambda saved: abs(saved - step))[:3])
+            raise UserError(f"{folder} holds no models of step {step}; close ones: {', '.join(map(str, close))}")
+        if steps:
+            return folder, max(steps) if step is None else step, None
+    if (saved := read_checkpoint(path)) and step in (None, saved["progress"]["step"]):
+        return path / "checkpoint", saved["progress"]["step"], saved
+    wanted = "" if step is None else f" of step {step}"
+    raise UserError(f"{path} holds no models{wanted} (actor_STEP.pt, ...): train.py writes them with --save_model")
 
 
 def load_agent(agent: Any, path: Path, saved: dict[str, Any]) -> dict[str, Tensor]:

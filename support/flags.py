@@ -131,3 +131,8 @@ def user_path(text: str) -> str:
     except OSError as error:  # its name is too long, or a folder above it may not be searched
         raise argparse.ArgumentTypeError(f"{text[:100]} cannot be used: {error.strerror}") from error
     return path
+
+
+def absolute_path(text: str) -> str:
+    """An argparse type: as `user_path`, but absolute: it means the same wherever a program is started."""
+    return os.path.abspath(user_path(text))  # noqa: PTH100  # which knows `..`, and follows no links

@@ -24,6 +24,7 @@ import evaluate
 import train
 from errors import UserError
 from randomness import seed_of
+from support import checkpoint
 
 # Episodes of 20 decisions, of the simulator and of the toy.
 RUN = [*SMALL, *"--action_repeat 50 --num_train_steps 30 --eval_freq 20 --num_eval_episodes 2 --save_model".split()]
@@ -146,10 +147,10 @@ def test_choice_of_models(tmp_path):
     for name in names + [f"{name}_{step}.pt" for step in (9, 10) for name in ("actor", "critic", "decoder", "more")]:
         (model / name).touch()
     for folder in (tmp_path, model):
-        assert evaluate.find_agent(folder, None) == (model, 10, None)
-        assert evaluate.find_agent(folder, 9) == (model, 9, None)
+        assert evaluate.find_models(folder, None) == (model, 10, None)
+        assert evaluate.find_models(folder, 9) == (model, 9, None)
         with pytest.raises(UserError, match=r"model holds no models of step 30; close ones: 9, 10$"):
-            evaluate.find_agent(folder, 30)
+            evaluate.find_models(folder, 30)
 
 
 def test_a_run_may_be_in_a_folder_named_model(run):
@@ -161,9 +162,9 @@ def test_a_run_may_be_in_a_folder_named_model(run):
 
 def test_a_checkpoint_serves_where_no_models_were_saved(run, capsys, monkeypatch):
     """The run's end is both: the same returns. Its index is read once."""
-    saved, read, folders = play(run), evaluate.read_checkpoint, []
+    saved, read, folders = play(run), checkpoint.read_checkpoint, []
     shutil.rmtree(run / "model")
-    monkeypatch.setattr(evaluate, "read_checkpoint", lambda folder: folders.append(folder) or read(folder))
+    monkeypatch.setattr(checkpoint, "read_checkpoint", lambda folder: folders.append(folder) or read(folder))
     assert main(run) == 0
     assert folders == [run]
     assert f"models: {run / 'checkpoint'}, step 30\n" in capsys.readouterr().out
@@ -294,6 +295,8 @@ def test_a_bad_action(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("flags", "words"), [
+    ("--image_size RUN", "--image_size"), ("32 RUN", "32 is not a folder: first name a run's folder"),
+    ("RUN --load_step 0", "load_step: only a new run loads an encoder; --step chooses the models to play"),
     ("RUN --episodes 0", "--episodes"), ("RUN --step -1", "--step"),
     ("RUN --device cuda:77", "device cuda:77"), ("RUN --image_size 33", "even"),
     ("FOLDER/none", "none is not a folder"), ("FOLDER/file.mp4", "file.mp4 is not a folder"),
@@ -346,13 +349,21 @@ def linear_task(sizes, noise=0.0):
 
 def test_a_linear_fit():
     """Its score is that of episodes that it has not seen, whatever the size of the features."""
-    assert evaluate.linear_fit(*linear_task([30, 50, 40])) == pytest.approx([1, 1, np.nan], abs=1e-4, nan_ok=True)
+    exact = pytest.approx([1, 1, np.nan], abs=1e-4, nan_ok=True)
+    assert evaluate.linear_fit(*linear_task([30, 50, 40]), 2) == exact
     features, states = linear_task([400, 400, 400, 400], noise=0.5)
-    explained = [1 / 1.25, 4 / 4.25]  # variance of the signal in that of signal and noise
-    assert evaluate.linear_fit(features, states)[:2] == pytest.approx(explained, abs=0.02)
-    others = linear_task([400, 400, 400, 400], noise=0.5)[0][:2][::-1]
-    assert (evaluate.linear_fit([*features[:2], *others], states)[:2] < 0).all()  # features of other states
-    assert (evaluate.linear_fit([*others, *features[2:]], states)[:2] < 0.1).all()
+    scores = evaluate.linear_fit(features, states, 2)[:2]
+    assert scores == pytest.approx([1 / 1.25, 4 / 4.25], abs=0.02)  # the part of the signal in signal and noise
+    assert evaluate.linear_fit(*(4 * [np.concatenate(each[:2])] for each in (features, states)), 2)[:2] == (
+        pytest.approx(evaluate.linear_fit(*(2 * [np.concatenate(each[:2])] for each in (features, states)), 1)[:2])
+    )
+    others = features[1::-1]  # of other states
+    assert (evaluate.linear_fit([*features[:2], *others], states, 2)[:2] < 0).all()
+    assert (evaluate.linear_fit([*others, *features[2:]], states, 2)[:2] < 0.1).all()
+    # A feature that stays in the first episodes and moves in the others.
+    features = [np.column_stack([x, np.full(len(x), 1 + 1e-7 * (i % 2) + (i > 1))]) for i, x in enumerate(features)]
+    in_float32 = [each.astype(np.float32) for each in features]
+    assert evaluate.linear_fit(in_float32, states, 2)[:2] == pytest.approx(scores, abs=1e-3)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -371,30 +382,54 @@ def test_a_probe(runs, capsys, monkeypatch, workers):
     with ExitStack() as resources:
         player = player_of(resources, *flags)
         # In place of the encoder: the column of the bar in the newest frame.
-        player.agent.features = lambda obs: torch.from_numpy(obs[:, -1, 0].argmax(axis=1))
+        player.agent.features = lambda obs: torch.from_numpy(obs[:, -1, :1].argmax(axis=2))
+        player.untrained.features = lambda obs: torch.zeros(len(obs), 1)
         player.play()
+        lines = list(player.probe())
     lengths = [len(features) for features in player.features]
     assert lengths == [len(states) for states in player.states]
     assert len(set(lengths)) > 1
-    for columns, states in zip(player.features, player.states, strict=True):
-        assert [int((position + 1) / 2 * 28) for position, _ in states] == columns
+    for features, states in zip(player.features, player.states, strict=True):
+        assert [int((position + 1) / 2 * 28) for position, _ in states] == [column for (column,), _ in features]
         assert {size for _, size in states} == {32}
+    position, deviation = re.findall(r"^position/0: R2 (.*), of the untrained encoder .*; .* (\S+)$", lines[0])[0]
+    assert float(position) > 0.98
+    assert float(deviation) == pytest.approx(np.concatenate(player.states)[:, 0].std(), rel=1e-3)
+    assert lines[1] == "size/0: does not change; standard deviation 0"
+    assert lines[2].startswith(f"mean: R2 {position}, of the untrained encoder ")
+    assert lines[3] == "fit on 3 of 5 episodes, R2 of the others"
     capsys.readouterr()
     assert main(*flags) == 0
-    lines = capsys.readouterr().out.splitlines()[-3:]
-    score = float(lines[0].removeprefix("position/0: R2 "))
-    assert score <= 1
-    assert lines[1:] == ["size/0: does not change", f"probe: mean R2 {score:.4f}, fit on 3 episodes, tested on 2"]
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 5 + 2 + 4
+
+
+def test_the_untrained_encoder_is_the_run_s_own(run, capsys):
+    """That of its first models; so both scores of these are the same."""
+    assert main(run, "--episodes", 4, "--probe", "--step", 0) == 0
+    scores = re.findall(r"R2 ([-.\d]+), of the untrained encoder ([-.\d]+)", capsys.readouterr().out)
+    assert [trained for trained, _ in scores] == [untrained for _, untrained in scores]
+    assert len(scores) == 2
+    assert main(run, "--episodes", 4, "--probe") == 0
+    after = re.findall(r"R2 ([-.\d]+), of the untrained encoder ([-.\d]+)", capsys.readouterr().out)
+    assert {trained for trained, _ in after}.isdisjoint(untrained for _, untrained in after)
 
 
 def test_what_cannot_be_probed(runs, tmp_path, capsys, monkeypatch):
     refused = functools.partial(assert_refused, capsys, tmp_path)
     refused([runs / "sac_ae", "--probe", "--episodes", 1], "probe needs at least 2 episodes")
     refused([runs / "sac_state", "--probe"], "probe has nothing to fit: this run observes states")
-    for name in ("state_names", "current_state"):
+    for name, value in (("state_names", ()), ("state_names", ("one",)), ("current_state", np.zeros(3))):
         with monkeypatch.context() as patch:
-            patch.delattr(SlidingEnv, name)
-            refused([runs / "sac_ae", "--probe"], "this environment lacks state_names or current_state")
+            patch.setattr(SlidingEnv, name, value)
+            refused([runs / "sac_ae", "--probe"], "this environment has no state_names for its current_state")
+    monkeypatch.delattr(SlidingEnv, "state_names")
+    refused([runs / "sac_ae", "--probe"], "this environment has no state_names for its current_state")
+
+
+def test_states_that_are_no_numbers(runs, capsys, monkeypatch):
+    monkeypatch.setattr(SlidingEnv, "current_state", np.array([0, np.nan]))
+    assert main(runs / "sac_ae", "--probe") == 1
+    assert capsys.readouterr().err == "evaluate.py: error: the task's state is NaN or infinite\n"
 
 
 def test_without_ffmpeg_nothing_is_played(runs, tmp_path, capsys, monkeypatch):

@@ -184,30 +184,33 @@ def test_an_encoder_is_loaded_for_critic_and_target(trained, tmp_path, capsys, w
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--load_encoder RUN --num_filters 3", ["critic_85.pt", "Size([2, 9, 3, 3])", "Size([3, 9, 3, 3])"]),
-        ("--load_encoder RUN --image_size 32", ["critic_85.pt", "torch.Size([50, 162])", "torch.Size([50, 338])"]),
-        ("--load_encoder RUN --num_layers 1", ["critic_85.pt", "convs.1"]),
+        ("--load_encoder RUN --num_filters 3", ["convs.0.weight is (2, 9, 3, 3), and here it is (3, "]),
+        ("--load_encoder RUN --image_size 32", ["there fc.weight is (50, 162), and here it is (50, 338)"]),
+        ("--load_encoder RUN --num_layers 1", ["there fc.weight is (50, 162), and here it is (50, 242)"]),
+        ("--load_encoder RUN --num_layers 3", ["there convs.2.weight is missing, and here it is (2, 2, 3, 3)"]),
         ("--load_encoder RUN --load_step 41", ["holds no models of step 41; close ones: 0, 40, 80"]),
         ("--load_encoder TMP", ["holds no models"]),
-        ("--load_encoder TMP/none", ["is not a folder"]),
-        ("--load_encoder STATES", ["critic_1.pt", "it holds no encoder"]),
+        ("--load_encoder TMP/none", ["holds no models"]),
+        ("--load_encoder SOME", ["holds a checkpoint, but no models"]),
+        ("--load_encoder STATES", ["critic_1.pt is of another encoder: there convs.0.weight is missing"]),
         ("--load_step 40", ["load_step needs load_encoder"]),
         ("--load_encoder RUN --encoder_type identity --decoder_type identity", ["load_encoder needs encoder_type"]),
     ],
 )  # fmt: skip
 def test_encoders_that_are_refused(trained, of_states, tmp_path, capsys, flags, words):
     """In a line, before anything is written."""
-    places = {"RUN": str(trained), "TMP": str(tmp_path), "STATES": str(of_states)}
-    given = re.sub("RUN|TMP|STATES", lambda match: places[match[0]], flags).split()
+    shutil.copytree(trained / "checkpoint", tmp_path / "some" / "checkpoint")
+    places = {"RUN": str(trained), "TMP": str(tmp_path), "STATES": str(of_states), "SOME": str(tmp_path / "some")}
+    given = re.sub("RUN|TMP|STATES|SOME", lambda match: places[match[0]], flags).split()
     for word in words:
         assert_refused(capsys, [*RUN, *given, "--work_dir", str(tmp_path / "log")], word)
     assert not (tmp_path / "log").exists()
 
 
 def test_a_refused_encoder_changes_nothing(trained):
-    agent = make_agent(num_filters=3)
+    agent = make_agent(num_filters=2, encoder_feature_dim=50)  # another size of images
     before = module_hash(agent)
-    with pytest.raises(UserError, match=r"critic_85\.pt"):
+    with pytest.raises(UserError, match=r"critic_85\.pt is of another encoder: there fc\.weight"):
         agent.load_encoder(trained / "model", 85)
     assert module_hash(agent) == before
 

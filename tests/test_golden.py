@@ -97,6 +97,7 @@ def test_bfloat16_stays_near_float32_and_keeps_what_must_be_exact():
     with agent.layers_in_bf16():
         assert agent.critic.encoder.forward_conv(obs).dtype == torch.bfloat16
         feature = agent.critic.encoder(obs)
+        assert torch.equal(agent.features(obs.byte().numpy()), feature)
         outputs = [feature, *agent.actor(obs), *agent.critic(obs, torch.zeros(4, 3)), agent.decoder(feature)]
     assert {output.dtype for output in outputs} == {torch.float32}
     for optimizer in agent.optimizers.values():

@@ -14,7 +14,8 @@ from torch import nn
 from decoder import make_decoder
 from encoder import conv_output_shape, make_encoder
 from errors import UserError
-from sac_ae import Actor, Settings, weight_init
+from sac_ae import Actor, SacAeAgent, Settings, weight_init
+from sac_vae import SacVaeAgent
 from utils import module_hash
 
 
@@ -63,8 +64,9 @@ def test_delta_orthogonal_initialisation(layer):
     assert torch.allclose(small @ small.T, 2 * torch.eye(len(small)), atol=1e-5)  # ReLU gain, squared
 
 
-def test_agent_initialises_every_network():
-    agent = make_agent()
+@pytest.mark.parametrize("cls", [SacAeAgent, SacVaeAgent])
+def test_agent_initialises_every_network(cls):
+    agent = make_agent(cls=cls)
     for layer in agent.modules():
         if isinstance(layer, nn.Linear):
             weight = layer.weight if layer.weight.shape[0] <= layer.weight.shape[1] else layer.weight.T
