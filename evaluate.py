@@ -147,9 +147,8 @@ class Player:
         self.envs, self.stop = resources.enter_context(closing(envs)), Stop()
         self.seen: list[np.ndarray] = []  # observations of the first episode
         self.scenes: list[np.ndarray] = []  # rendered pictures of it, for the video
-        # For the probe, of each observation of each episode: the features of both encoders (2, D), and the state (S,).
-        self.features: list[list[np.ndarray]] = [[] for _ in self.seeds]
-        self.states: list[list[np.ndarray]] = [[] for _ in self.seeds]
+        # For the probe, of each observation: its episode, the features of both encoders (2, D), and the state (S,).
+        self.probed: list[tuple[int, np.ndarray, np.ndarray]] = []
 
     def play(self) -> np.ndarray:
         """Plays the episodes and keeps what the first one shows; their returns (N,).
@@ -174,9 +173,8 @@ class Player:
         stacked, states = np.stack([*obs.values()]), self.envs.call(current_states, [None] * self.envs.num_envs)
         check_finite("the task's state", *states)
         features = [agent.features(stacked).cpu().numpy() for agent in (self.agent, self.untrained)]
-        for episode, feature in zip(obs, np.stack(features, axis=1), strict=True):
-            self.features[episode].append(feature)
-            self.states[episode].append(states[episode % self.envs.num_envs])
+        shown = [states[episode % len(states)] for episode in obs]
+        self.probed += zip(obs, np.stack(features, axis=1), shown, strict=True)
 
     def act(self, obs: np.ndarray) -> np.ndarray:
         """Mean actions (N, A) for observations (N, ...)."""
@@ -189,10 +187,9 @@ class Player:
     def probe(self) -> Iterator[str]:
         """Lines that say how well linear maps predict each dimension of the state from the features."""
         half = (len(self.seeds) + 1) // 2
-        features, states = [*map(np.stack, self.features)], [*map(np.stack, self.states)]
-        scores = [linear_fit([each[:, i] for each in features], states, half) for i in (0, 1)]
-        deviations = np.concatenate(states).std(axis=0)
-        for name, score, untrained, deviation in zip(self.state_names, *scores, deviations, strict=True):
+        episodes, features, states = map(np.array, zip(*self.probed, strict=True))
+        scores = [linear_fit(features[:, i], states, episodes < half) for i in (0, 1)]
+        for name, score, untrained, deviation in zip(self.state_names, *scores, states.std(axis=0), strict=True):
             r2 = "does not change" if np.isnan(score) else f"R2 {score:.4f}, of the untrained encoder {untrained:.4f}"
             yield f"{name}: {r2}; standard deviation {deviation:.4g}"
         if (varies := ~np.isnan(scores[0])).any():
@@ -220,15 +217,13 @@ def names_to_probe(env: Any, episodes: int) -> list[str]:
     return [*names]
 
 
-def linear_fit(features: list[np.ndarray], states: list[np.ndarray], half: int) -> np.ndarray:
+def linear_fit(features: np.ndarray, states: np.ndarray, fit: np.ndarray) -> np.ndarray:
     """How well a linear map predicts states (N, S) from features (N, D): R2 (S,), NaN where a state does not change.
 
-    Each list has an array for each episode. Ridge regression is fit on the first `half` episodes, R2 is of the others.
+    Ridge regression on the rows that the mask `fit` (N,) selects; R2 is of the others.
     """
-    x, y = np.concatenate(features).astype(float), np.concatenate(states)
-    fit = np.arange(len(x)) < sum(map(len, features[:half]))
     # Features are scaled to variance 1, so that the penalty does not depend on their size.
-    x, y = x - x[fit].mean(axis=0), y - y[fit].mean(axis=0)
+    x, y = features - features[fit].mean(axis=0, dtype=float), states - states[fit].mean(axis=0)
     x /= np.where((scale := x[fit].std(axis=0)) > 1e-6, scale, np.inf)
     gram = x[fit].T @ x[fit] + RIDGE * fit.sum() * np.eye(x.shape[1])
     residual = (y - x @ np.linalg.solve(gram, x[fit].T @ y[fit]))[~fit]

@@ -339,31 +339,30 @@ def test_pictures_of_a_video(runs, tmp_path, method, panels):
         assert np.abs(pixels - stacks).mean() > 12  # else the panel could be the observation's
 
 
-def linear_task(sizes, noise=0.0):
-    """Features and states of episodes of these sizes: a linear map with noise, and a state that stays."""
+def linear_task(count, noise=0.0):
+    """Features and states: a linear map with noise, and a state that stays; and which rows serve the fit: the first."""
     rng = np.random.default_rng(0)
-    features = [rng.standard_normal((size, 4)) * [1e-3, 1, 10, 0] + 5 for size in sizes]
-    states = [x[:, :2] @ [[1e3, 0], [0, -2]] + 7 + noise * rng.standard_normal((len(x), 2)) for x in features]
-    return features, [np.column_stack([y, np.full(len(y), 0.1)]) for y in states]
+    features = rng.standard_normal((count, 4)) * [1e-3, 1, 10, 0] + 5
+    states = features[:, :2] @ [[1e3, 0], [0, -2]] + 7 + noise * rng.standard_normal((count, 2))
+    return features, np.column_stack([states, np.full(count, 0.1)]), np.arange(count) < count // 2
 
 
 def test_a_linear_fit():
-    """Its score is that of episodes that it has not seen, whatever the size of the features."""
-    exact = pytest.approx([1, 1, np.nan], abs=1e-4, nan_ok=True)
-    assert evaluate.linear_fit(*linear_task([30, 50, 40]), 2) == exact
-    features, states = linear_task([400, 400, 400, 400], noise=0.5)
-    scores = evaluate.linear_fit(features, states, 2)[:2]
+    """Its score is that of rows that it has not seen, whatever the size and the number of the features."""
+    assert evaluate.linear_fit(*linear_task(120)) == pytest.approx([1, 1, np.nan], abs=1e-4, nan_ok=True)
+    features, states, fit = linear_task(1600, noise=0.5)
+    scores = evaluate.linear_fit(features, states, fit)[:2]
     assert scores == pytest.approx([1 / 1.25, 4 / 4.25], abs=0.02)  # the part of the signal in signal and noise
-    assert evaluate.linear_fit(*(4 * [np.concatenate(each[:2])] for each in (features, states)), 2)[:2] == (
-        pytest.approx(evaluate.linear_fit(*(2 * [np.concatenate(each[:2])] for each in (features, states)), 1)[:2])
-    )
-    others = features[1::-1]  # of other states
-    assert (evaluate.linear_fit([*features[:2], *others], states, 2)[:2] < 0).all()
-    assert (evaluate.linear_fit([*others, *features[2:]], states, 2)[:2] < 0.1).all()
-    # A feature that stays in the first episodes and moves in the others.
-    features = [np.column_stack([x, np.full(len(x), 1 + 1e-7 * (i % 2) + (i > 1))]) for i, x in enumerate(features)]
-    in_float32 = [each.astype(np.float32) for each in features]
-    assert evaluate.linear_fit(in_float32, states, 2)[:2] == pytest.approx(scores, abs=1e-3)
+    twice = evaluate.linear_fit(*(np.concatenate([each, each]) for each in (features, states, fit)))[:2]
+    assert twice == pytest.approx(scores, rel=1e-9)
+    for rows in (fit, ~fit):  # features of other rows
+        others = features.copy()
+        others[rows] = features[rows][::-1]
+        assert (evaluate.linear_fit(others, states, fit)[:2] < 0.1).all()
+    # A feature that stays in the rows of the fit, but for its last digit, and moves in the others.
+    more = np.where(fit, 1 + 1e-7 * (np.arange(len(fit)) % 2), 2)
+    in_float32 = np.column_stack([features, more]).astype(np.float32)
+    assert evaluate.linear_fit(in_float32, states, fit)[:2] == pytest.approx(scores, abs=1e-3)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -386,15 +385,15 @@ def test_a_probe(runs, capsys, monkeypatch, workers):
         player.untrained.features = lambda obs: torch.zeros(len(obs), 1)
         player.play()
         lines = list(player.probe())
-    lengths = [len(features) for features in player.features]
-    assert lengths == [len(states) for states in player.states]
+    episodes, features, states = zip(*player.probed, strict=True)
+    lengths = np.bincount(episodes)
+    assert len(lengths) == 5
     assert len(set(lengths)) > 1
-    for features, states in zip(player.features, player.states, strict=True):
-        assert [int((position + 1) / 2 * 28) for position, _ in states] == [column for (column,), _ in features]
-        assert {size for _, size in states} == {32}
+    assert [int((position + 1) / 2 * 28) for position, _ in states] == [column for (column,), _ in features]
+    assert {size for _, size in states} == {32}
     position, deviation = re.findall(r"^position/0: R2 (.*), of the untrained encoder .*; .* (\S+)$", lines[0])[0]
     assert float(position) > 0.98
-    assert float(deviation) == pytest.approx(np.concatenate(player.states)[:, 0].std(), rel=1e-3)
+    assert float(deviation) == pytest.approx(np.std(states, axis=0)[0], rel=1e-3)
     assert lines[1] == "size/0: does not change; standard deviation 0"
     assert lines[2].startswith(f"mean: R2 {position}, of the untrained encoder ")
     assert lines[3] == "fit on 3 of 5 episodes, R2 of the others"
