@@ -96,6 +96,8 @@ def fake_gpu() -> Iterator[None]:
         if not torch.cuda.is_available():
             from torch._inductor.codecache import CppCodeCache  # only here: it is slow to import
 
+            # PyTorch starts a thread for each device at the first of these, and then lets no fork of the process train.
+            torch.zeros(1, requires_grad=True).sum().backward()
             # What PyTorch lacks without a GPU, compiled once on a machine.
             shim = CppCodeCache.load(Path(__file__).with_suffix(".cpp").read_text(), needs_vec_isa=False)
             shim.exchange()

@@ -231,7 +231,7 @@ def test_killed_and_resumed(trained, tmp_path, experiment):
         return train.main([*flags, "--work_dir", str(folder)])
 
     process = Forked(start)
-    assert any(line.startswith("| train | E: 2") for line in process.stdout)
+    assert any(line.startswith("| train | E: 2") for line in process.stdout), process.communicate()
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL

@@ -93,12 +93,12 @@ class SlidingEnv(BarEnv):
     def __init__(self, size):
         self.size = size
         super().__init__()
-        self.state = np.zeros(2)
+        self.shown = np.zeros(2)
 
     @property
     def current_state(self):
-        self.state[:] = self.position, self.size  # the same array each time
-        return self.state
+        self.shown[:] = self.position, self.size  # the same array each time
+        return self.shown
 
     def _observe(self):
         return np.maximum(super()._observe(), 10 * self.steps).astype(np.uint8)
