@@ -90,7 +90,7 @@ def read_run(folder: Path) -> pd.DataFrame:
         flags = json.loads(path.read_text())
         repeat = int(flags["action_repeat"])  # environment steps per step; the authors log steps only
         changed = {name: flags[name] for name in VARIANTS if flags.get(name, DEFAULTS[name]) != DEFAULTS[name]}
-        variant = ", ".join(value if name == "agent" else f"{name} {value}" for name, value in changed.items())
+        variant = ", ".join(shown_as(name, value) for name, value in changed.items())
         columns = {
             "task": f"{flags['domain_name']}_{flags['task_name']}",
             "method": TITLES[flags["encoder_type"], flags["decoder_type"]] + (f" ({variant})" if variant else ""),
@@ -111,6 +111,13 @@ def read_run(folder: Path) -> pd.DataFrame:
             for start in map(json.loads, path.read_text().splitlines()):  # each with the step from which it goes on
                 runs.loc[steps >= start["step"] * repeat, "commit"] = start["commit"]
     return runs
+
+
+def shown_as(name: str, value: Any) -> str:
+    """A flag as part of a method's title."""
+    if isinstance(value, bool):
+        return name if value else f"no-{name}"
+    return str(value) if name == "agent" else f"{name} {Path(str(value)).name}"
 
 
 def read_published(path: Path) -> pd.DataFrame:
@@ -201,6 +208,7 @@ def draw(evaluations: pd.DataFrame, published: pd.DataFrame) -> Figure:
         axis.grid(alpha=0.3)
         handles, labels = axis.get_legend_handles_labels()
         legend |= dict(zip(labels, handles, strict=True))
+    columns = 1 if max(map(len, legend)) > 45 else columns  # with titles of flags
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=columns, fontsize=8)
     return figure
 

@@ -155,7 +155,7 @@ def test_another_agent_or_encoder_is_a_method_of_its_own(tmp_path, capsys):
     for name, more in runs.items():
         make_run(tmp_path / "runs" / name, [0, 10, 100, 0], seed=ord(name), **more)
     seeds = draw(tmp_path)[:3].set_index("method")["seeds"].to_dict()
-    variant = "critic_trains_encoder False, decoder_update_freq 10"
+    variant = "no-critic_trains_encoder, decoder_update_freq 10"
     assert seeds == {"SAC+AE:pixel": "2", "SAC+AE:pixel (drq)": "1", f"SAC+AE:pixel ({variant})": "1"}
     assert capsys.readouterr().err == ""
     figure = plot.draw(plot.read_runs([tmp_path / "runs"]), plot.read_published(plot.PUBLISHED))
