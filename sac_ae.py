@@ -78,9 +78,7 @@ class Settings:
     encoder_tau: Fraction = setting(0.05, "tau of the target's encoder (soft update)")
     decoder_type: Kind = setting("pixel", "identity: no decoder")
     decoder_lr: Positive = setting(1e-3, "learning rate of the decoder")
-    decoder_update_freq: Count = setting(
-        1, "decoder and encoder train by their loss at decisions that are multiples of this"
-    )
+    decoder_update_freq: Count = setting(1, "the decoder's loss trains at decisions that are multiples of this")
     decoder_latent_lambda: NonNegative = setting(1e-6, "weight of the features' L2 penalty")
     decoder_weight_lambda: NonNegative = setting(1e-7, "weight decay of the decoder")
     num_layers: Count = setting(4, "convolutions of the encoder, and of the decoder")
@@ -270,7 +268,8 @@ class SacAeAgent(nn.Module):
         self.critic = Critic(obs_shape, action_shape, s)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.actor.encoder.copy_conv_weights_from(self.critic.encoder)  # actor and critic share the convolutions
-        self.critic.encoder.requires_grad_(not s.freeze_encoder)
+        if s.freeze_encoder:
+            self.critic.encoder.requires_grad_(False)
         self.decoder = make_decoder(s.decoder_type, obs_shape, s.encoder_feature_dim, s.num_layers, s.num_filters)
         if self.decoder is not None:
             self.decoder.apply(weight_init)

@@ -66,9 +66,8 @@ def render(envs: list[Any], keywords: Sequence[dict[str, Any]]) -> list[Any]:
 
 def current_states(envs: list[Any], wanted: Sequence[Any]) -> list[np.ndarray]:
     """Tasks' states (S,), of as many environments as `wanted` is long."""
-    return [
-        np.array(env.unwrapped.current_state) for env, _ in zip(envs, wanted, strict=False)
-    ]  # it may change in place
+    # Copies: an environment may change its state in place.
+    return [np.array(env.unwrapped.current_state) for env, _ in zip(envs, wanted, strict=False)]
 
 
 def serve(descriptor: int) -> None:
