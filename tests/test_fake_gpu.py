@@ -94,8 +94,9 @@ def test_the_second_gpu(gpu):
         agent.alpha * torch.ones(1, device="cuda:0")
 
 
-def test_a_run_and_its_resume(gpu, tmp_path, monkeypatch):
-    """Evaluation, logs, histograms, models and checkpoints; no update waits."""
+@pytest.mark.parametrize("more", [[], ["--agent", "sac_vae", "--actor_trains_encoder"]])
+def test_a_run_and_its_resume(gpu, tmp_path, monkeypatch, more):
+    """Evaluation, logs, histograms, models and checkpoints; no update waits. Another run takes its encoder."""
     update = SacAeAgent.update
 
     def watched(self, *args):
@@ -106,12 +107,14 @@ def test_a_run_and_its_resume(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "make_env", toy.make_toy_env)
     flags = [*SMALL, *"--device cuda --replay_device cpu --init_steps 18 --eval_freq 20 --checkpoint_minutes 0".split()]
     flags += "--actor_update_freq 1 --critic_target_update_freq 1 --save_tb --save_model --save_buffer".split()
-    flags += ["--work_dir", str(tmp_path)]
-    assert train.main([*flags, "--num_train_steps", "20"]) == 0
-    assert train.main([*flags, "--num_train_steps", "40", "--resume"]) == 0
-    assert [start["step"] for start in read_log(tmp_path / "starts.log")] == [0, 20]
-    assert [record["step"] for record in read_log(tmp_path / "eval.log")] == [0, 20, 40]
-    histograms = read_events(tmp_path).Tags()["histograms"]
+    folder = tmp_path / "log"
+    assert train.main([*flags, *more, "--num_train_steps", "20", "--work_dir", str(folder)]) == 0
+    assert train.main([*flags, *more, "--num_train_steps", "40", "--work_dir", str(folder), "--resume"]) == 0
+    assert [start["step"] for start in read_log(folder / "starts.log")] == [0, 20]
+    assert [record["step"] for record in read_log(folder / "eval.log")] == [0, 20, 40]
+    loading = ["--load_encoder", str(folder), "--freeze_encoder", "--num_train_steps", "20"]
+    assert train.main([*flags, *loading, "--work_dir", str(tmp_path / "frozen")]) == 0
+    histograms = read_events(folder).Tags()["histograms"]
     assert {"train_actor/trunk.0_weight", "train_actor/trunk.0_output"} <= set(histograms)
 
 
