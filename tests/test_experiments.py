@@ -18,6 +18,7 @@ from forked import Forked, slow_disk
 from runs import METHODS, TOY, assert_refused, read_log
 from toy import make_toy_env
 
+import evaluate
 import train
 from errors import UserError
 from sac_vae import SacVaeAgent
@@ -220,7 +221,7 @@ def test_a_refused_encoder_changes_nothing(trained):
 
 @pytest.mark.parametrize("experiment", ["actor", "alternating", "frozen", "alternating vae", "joint vae"])
 def test_killed_and_resumed(trained, tmp_path, experiment):
-    """It comes to what a run comes to that never stopped, also if the loaded models are gone by then."""
+    """It comes to what a run comes to that never stopped, and plays, also if the loaded models are gone by then."""
     models = shutil.copytree(trained / "model", tmp_path / "models")
     flags = [*RUN, *flags_of(experiment, models)]
     assert train.main([*flags, "--work_dir", str(tmp_path / "whole")]) == 0
@@ -239,3 +240,4 @@ def test_killed_and_resumed(trained, tmp_path, experiment):
     assert train.main([*flags, "--work_dir", str(folder), "--resume"]) == 0
     assert outcome(folder) == outcome(tmp_path / "whole")
     assert len(read_log(folder / "eval.log")) == 3
+    assert evaluate.main([str(folder), "--episodes", "1", "--device", "cpu", "--eval_workers", "1"]) == 0
