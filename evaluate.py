@@ -173,6 +173,7 @@ class Player:
         stacked, states = np.stack([*obs.values()]), self.envs.call(current_states, [None] * self.envs.num_envs)
         check_finite("the task's state", *states)
         features = [agent.features(stacked).cpu().numpy() for agent in (self.agent, self.untrained)]
+        check_finite(f"a feature by the models of step {self.step}", *features)
         shown = [states[episode % len(states)] for episode in obs]
         self.probed += zip(obs, np.stack(features, axis=1), shown, strict=True)
 
@@ -189,12 +190,15 @@ class Player:
         half = (len(self.seeds) + 1) // 2
         episodes, features, states = map(np.array, zip(*self.probed, strict=True))
         scores = [linear_fit(features[:, i], states, episodes < half) for i in (0, 1)]
-        for name, score, untrained, deviation in zip(self.state_names, *scores, states.std(axis=0), strict=True):
+        deviations = states[episodes >= half].std(axis=0)
+        for name, score, untrained, deviation in zip(self.state_names, *scores, deviations, strict=True):
             r2 = "does not change" if np.isnan(score) else f"R2 {score:.4f}, of the untrained encoder {untrained:.4f}"
             yield f"{name}: {r2}; standard deviation {deviation:.4g}"
         if (varies := ~np.isnan(scores[0])).any():
-            yield "mean: R2 {:.4f}, of the untrained encoder {:.4f}".format(*np.mean(scores, axis=1, where=varies))
-        yield f"fit on {half} of {len(self.seeds)} episodes, R2 of the others"
+            for name, over in (("mean", np.mean), ("median", np.median)):
+                values = [over(each[varies]) for each in scores]
+                yield "{}: R2 {:.4f}, of the untrained encoder {:.4f}".format(name, *values)
+        yield f"fit on {half} of {len(self.seeds)} episodes; R2 and standard deviation are of the others"
 
     def pictures(self) -> Iterator[np.ndarray]:
         """The video's (H, W, 3): the scene and, of pixels, the newest observed frame and its reconstruction."""

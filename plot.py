@@ -114,10 +114,10 @@ def read_run(folder: Path) -> pd.DataFrame:
 
 
 def shown_as(name: str, value: Any) -> str:
-    """A flag as part of a method's title."""
+    """A flag as part of a method's title. Encoders that were loaded from several folders are of one method."""
     if isinstance(value, bool):
         return name if value else f"no-{name}"
-    return str(value) if name == "agent" else f"{name} {Path(str(value)).name}"
+    return {"agent": str(value), "load_encoder": name}.get(name, f"{name} {value}")
 
 
 def read_published(path: Path) -> pd.DataFrame:
@@ -175,7 +175,10 @@ def scores_at(runs: pd.DataFrame, budget: int) -> np.ndarray:
 def draw(evaluations: pd.DataFrame, published: pd.DataFrame) -> Figure:
     """Returns the figure, a panel per task: each run faint, the mean and its interval, and published scores."""
     tasks, others = evaluations.groupby("task"), sorted(set(evaluations["method"]) - STYLES.keys())
-    styles = STYLES | {method: {"color": f"C{index}", "marker": "D"} for index, method in enumerate(others, start=3)}
+    styles = STYLES | {
+        method: {"color": f"C{index % 10}", "marker": "DPXv"[index // 10 % 4]}
+        for index, method in enumerate(others, start=3)
+    }
     columns, rows = min(3, len(tasks)), -(-len(tasks) // 3)
     figure = Figure(figsize=(4.2 * columns, 3.2 * rows), layout="constrained")
     legend: dict[str, Any] = {}
@@ -208,7 +211,9 @@ def draw(evaluations: pd.DataFrame, published: pd.DataFrame) -> Figure:
         axis.grid(alpha=0.3)
         handles, labels = axis.get_legend_handles_labels()
         legend |= dict(zip(labels, handles, strict=True))
-    columns = 1 if max(map(len, legend)) > 45 else columns  # with titles of flags
+    if max(map(len, legend)) > 45:  # flags make long titles: one below the other, with room for each
+        columns = 1
+        figure.set_figheight(figure.get_figheight() + 0.2 * len(legend))
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=columns, fontsize=8)
     return figure
 

@@ -135,6 +135,8 @@ def load_encoder(agent: SacAeAgent, args: argparse.Namespace) -> list[str]:
         return []
     if args.encoder_type == "identity":
         raise UserError("load_encoder needs encoder_type pixel: states have no encoder")
+    if not Path(args.load_encoder).is_dir():
+        raise UserError(f"load_encoder {args.load_encoder} is not a folder: name a run's folder, or one of models")
     folder, args.load_step, saved = find_models(Path(args.load_encoder), args.load_step)
     if saved is not None:
         raise UserError(f"load_encoder {args.load_encoder} holds a checkpoint, but no models: --save_model writes them")

@@ -83,7 +83,7 @@ def describe(run: Any, renderer: tuple[str, bool] | None) -> Iterator[str]:
         if name != "critic_target":
             yield f"{name}: {sum(parameter.numel() for parameter in network.parameters()):,} parameters"
     if args.freeze_encoder and run.agent.decoder is not None:
-        yield "note: the decoder will not train, because the encoder is frozen: --decoder_type identity leaves it out"
+        yield "note: the decoder will not train either, because the encoder is frozen"
     if progress.step:
         yield f"after {progress.step:,} of {args.num_train_steps:,}; evaluation at {progress.next_evaluation:,}"
     elif args.num_train_steps <= args.init_steps:

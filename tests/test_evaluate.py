@@ -393,13 +393,17 @@ def test_a_probe(runs, capsys, monkeypatch, workers):
     assert {size for _, size in states} == {32}
     position, deviation = re.findall(r"^position/0: R2 (.*), of the untrained encoder .*; .* (\S+)$", lines[0])[0]
     assert float(position) > 0.98
-    assert float(deviation) == pytest.approx(np.std(states, axis=0)[0], rel=1e-3)
+    first, columns, states = np.array(episodes) < 3, np.array(features)[:, 0], np.array(states)
+    assert position == f"{evaluate.linear_fit(columns, states, first)[0]:.4f}"
+    assert position != f"{evaluate.linear_fit(columns, states, ~first)[0]:.4f}"
+    assert float(deviation) == pytest.approx(states[~first].std(axis=0)[0], rel=1e-3)
     assert lines[1] == "size/0: does not change; standard deviation 0"
     assert lines[2].startswith(f"mean: R2 {position}, of the untrained encoder ")
-    assert lines[3] == "fit on 3 of 5 episodes, R2 of the others"
+    assert lines[3].startswith(f"median: R2 {position}, of the untrained encoder ")
+    assert lines[4] == "fit on 3 of 5 episodes; R2 and standard deviation are of the others"
     capsys.readouterr()
     assert main(*flags) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 1 + 5 + 2 + 4
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 5 + 2 + 5
 
 
 def test_the_untrained_encoder_is_the_run_s_own(run, capsys):
@@ -407,7 +411,7 @@ def test_the_untrained_encoder_is_the_run_s_own(run, capsys):
     assert main(run, "--episodes", 4, "--probe", "--step", 0) == 0
     scores = re.findall(r"R2 ([-.\d]+), of the untrained encoder ([-.\d]+)", capsys.readouterr().out)
     assert [trained for trained, _ in scores] == [untrained for _, untrained in scores]
-    assert len(scores) == 2
+    assert len(scores) == 3
     assert main(run, "--episodes", 4, "--probe") == 0
     after = re.findall(r"R2 ([-.\d]+), of the untrained encoder ([-.\d]+)", capsys.readouterr().out)
     assert {trained for trained, _ in after}.isdisjoint(untrained for _, untrained in after)
@@ -425,10 +429,15 @@ def test_what_cannot_be_probed(runs, tmp_path, capsys, monkeypatch):
     refused([runs / "sac_ae", "--probe"], "this environment has no state_names for its current_state")
 
 
-def test_states_that_are_no_numbers(runs, capsys, monkeypatch):
-    monkeypatch.setattr(SlidingEnv, "current_state", np.array([0, np.nan]))
-    assert main(runs / "sac_ae", "--probe") == 1
+def test_states_and_features_that_are_no_numbers(runs, run, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(SlidingEnv, "current_state", np.array([0, np.nan]))
+        assert main(runs / "sac_ae", "--probe") == 1
     assert capsys.readouterr().err == "evaluate.py: error: the task's state is NaN or infinite\n"
+    path = run / "model" / "critic_30.pt"
+    torch.save(torch.load(path) | {"encoder.fc.bias": torch.full((50,), float("nan"))}, path)
+    assert main(run, "--probe") == 1
+    assert capsys.readouterr().err == "evaluate.py: error: a feature by the models of step 30 is NaN or infinite\n"
 
 
 def test_without_ffmpeg_nothing_is_played(runs, tmp_path, capsys, monkeypatch):

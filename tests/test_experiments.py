@@ -18,10 +18,14 @@ from forked import Forked, slow_disk
 from runs import METHODS, TOY, assert_refused, read_log
 from toy import make_toy_env
 
+import encoder as encoder_module
 import evaluate
+import sac_ae
 import train
 from errors import UserError
+from files import write_tensors
 from sac_vae import SacVaeAgent
+from support.checkpoint import find_models
 from utils import module_hash
 
 ALTERNATING = {"critic_trains_encoder": False, "decoder_update_freq": 3}
@@ -159,17 +163,66 @@ def test_features_of_a_variational_autoencoder():
     assert len(losses) == 3
 
 
-# Saved encoders
+# Saved and frozen encoders
+
+
+@pytest.mark.parametrize(
+    ("words", "told"), [("--freeze_encoder", 1), ("--freeze_encoder --decoder_type identity", 0), ("", 0)]
+)
+def test_a_decoder_that_will_not_train_is_told(tmp_path, capsys, words, told):
+    assert train.main([*RUN, *words.split(), "--num_train_steps", "1", "--work_dir", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("note: the decoder will not train either") == told
+
+
+def test_layers_that_were_frozen_before_stay_so(monkeypatch):
+    """As pretrained ones of an encoder of one's own."""
+
+    def make_encoder(*args):
+        encoder = encoder_module.make_encoder(*args)
+        encoder.convs[0].requires_grad_(False)
+        return encoder
+
+    monkeypatch.setattr(sac_ae, "make_encoder", make_encoder)
+    agent = make_agent()
+    before = copy.deepcopy(agent.critic.encoder)
+    updates(agent, range(2))
+    for layer, same in ((0, True), (1, False)):
+        assert torch.equal(agent.critic.encoder.convs[layer].weight, before.convs[layer].weight) == same
+
+
+@pytest.mark.parametrize("experiment", ["actor", "vae"])
+def test_models_that_a_kill_leaves_incomplete_are_not_found(tmp_path, monkeypatch, experiment):
+    """Whatever networks an agent has."""
+    agent = make_agent(**EXPERIMENTS[experiment])
+    agent.save(tmp_path / "model", 1)
+    for last in range(1, len(agent.networks)):
+        written = []
+
+        def write(path, content, written=written, last=last):
+            if len(written) == last:
+                raise KeyboardInterrupt
+            written.append(path)
+            write_tensors(path, content)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sac_ae, "write_tensors", write)
+            with pytest.raises(KeyboardInterrupt):
+                agent.save(tmp_path / "model", 2)
+        assert find_models(tmp_path, None)[1] == 1
+    agent.save(tmp_path / "model", 2)
+    assert find_models(tmp_path, None)[1] == 2
 
 
 @pytest.mark.parametrize(("words", "step"), [([], 85), (["--load_step", "40"], 40)])
 @pytest.mark.parametrize("place", [".", "model"])
-def test_an_encoder_is_loaded_for_critic_and_target(trained, tmp_path, capsys, words, step, place):
+def test_an_encoder_is_loaded_for_critic_and_target(trained, tmp_path, monkeypatch, capsys, words, step, place):
     """Of the newest models or of those that are named. The actor has its convolutions; nothing else is taken."""
-    flags = [*RUN, *words, "--load_encoder", str(trained / place), "--save_model", "--num_train_steps", "1"]
+    monkeypatch.chdir(trained)
+    flags = [*RUN, *words, "--load_encoder", place, "--save_model", "--num_train_steps", "1"]
     assert train.main([*flags, "--work_dir", str(tmp_path)]) == 0
     assert f"encoder: that of {trained / 'model'}, step {step}\n" in capsys.readouterr().out
-    assert json.loads((tmp_path / "args.json").read_text())["load_step"] == step
+    args = json.loads((tmp_path / "args.json").read_text())
+    assert (args["load_encoder"], args["load_step"]) == (str((trained / place).resolve()), step)
     theirs = torch.load(trained / "model" / f"critic_{step}.pt")
     critic, actor, target = (torch.load(tmp_path / "model" / f"{name}_0.pt") for name in ("critic", "actor", "target"))
     for name, parameter in critic.items():
@@ -191,7 +244,7 @@ def test_an_encoder_is_loaded_for_critic_and_target(trained, tmp_path, capsys, w
         ("--load_encoder RUN --num_layers 3", ["there convs.2.weight is missing, and here it is (2, 2, 3, 3)"]),
         ("--load_encoder RUN --load_step 41", ["holds no models of step 41; close ones: 0, 40, 80"]),
         ("--load_encoder TMP", ["holds no models"]),
-        ("--load_encoder TMP/none", ["holds no models"]),
+        ("--load_encoder TMP/none", ["load_encoder TMP/none is not a folder"]),
         ("--load_encoder SOME", ["holds a checkpoint, but no models"]),
         ("--load_encoder STATES", ["critic_1.pt is of another encoder: there convs.0.weight is missing"]),
         ("--load_step 40", ["load_step needs load_encoder"]),
@@ -204,6 +257,7 @@ def test_encoders_that_are_refused(trained, of_states, tmp_path, capsys, flags, 
     places = {"RUN": str(trained), "TMP": str(tmp_path), "STATES": str(of_states), "SOME": str(tmp_path / "some")}
     given = re.sub("RUN|TMP|STATES|SOME", lambda match: places[match[0]], flags).split()
     for word in words:
+        word = word.replace("TMP", str(tmp_path))
         assert_refused(capsys, [*RUN, *given, "--work_dir", str(tmp_path / "log")], word)
     assert not (tmp_path / "log").exists()
 

@@ -158,9 +158,15 @@ def test_another_agent_or_encoder_is_a_method_of_its_own(tmp_path, capsys):
     variant = "no-critic_trains_encoder, decoder_update_freq 10"
     assert seeds == {"SAC+AE:pixel": "2", "SAC+AE:pixel (drq)": "1", f"SAC+AE:pixel ({variant})": "1"}
     assert capsys.readouterr().err == ""
+    for index in range(20):
+        make_run(tmp_path / "runs" / f"more {index}", [0, 10, 100, 0], decoder_update_freq=20 + index, beta=0.5)
     figure = plot.draw(plot.read_runs([tmp_path / "runs"]), plot.read_published(plot.PUBLISHED))
     lines = [line for line in figure.axes[0].get_lines() if ", here (" in line.get_label()]
-    assert len({line.get_color() for line in lines}) == 3
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(lines) == 23
+    figure.savefig(tmp_path / "figure.png", dpi=100)
+    box = figure.axes[0].get_window_extent()
+    assert box.height > 150
+    assert figure.legends[0].get_window_extent().y1 < box.y0
 
 
 DAMAGES = {
